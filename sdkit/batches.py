@@ -205,6 +205,11 @@ class Rollout:
         return [self.completion_ids[position] for position in self.sampled]
 
     @property
+    def is_by_student(self) -> bool:
+        """Whether the student sampled some of it; False for a trajectory that ended within its demonstration."""
+        return not self.spans or any(span.sampled for span in self.spans)
+
+    @property
     def teacher_views(self) -> tuple[View, ...]:
         """The views that the teacher scores: of single turns, or one of the whole completion; none without a teacher."""
         if self.views or self.teacher_prompt_ids is None:

@@ -14,8 +14,12 @@ ASSISTANT = "assistant"
 """The role of a sampled span."""
 OBSERVATION = "cyan"
 """The colour, on a terminal, of what the student did not sample."""
+DEMONSTRATION = "demonstration"
+"""The role of a turn that a trajectory started with: one of the data's demonstration, in the student's place."""
 SAMPLED = (ASSISTANT,)
 """The roles of spans that the student sampled."""
+TURNS = (ASSISTANT, DEMONSTRATION)
+"""The roles of spans that the environment answers."""
 Ending = Literal["done", "no_call", "max_turns", "length", "max_tokens", "timeout", "parse_error", "environment_error"]
 """Why a trajectory ended: the environment ended it; a turn called no tool; its last turn was the last allowed; a turn reached
 `rollout.max_new_tokens`; the trajectory reached its own limit of tokens, or of seconds; a tool call could not be read; the environment failed."""
@@ -42,7 +46,7 @@ class Call:
 
 @frozen(kw_only=True)
 class Turn:
-    """What the student sampled in one turn, as an environment reads it."""
+    """What the student sampled in one turn, or a demonstration has in its place, as an environment reads it."""
 
     text: str  # without special tokens
     calls: tuple[Call, ...] = ()
@@ -54,7 +58,7 @@ class Turn:
 class Span:
     """Tokens start..end of a completion, of one turn and one role."""
 
-    role: str  # "assistant": sampled by the student; "user" or "tool": an observation
+    role: str  # "assistant": sampled by the student; "demonstration": a turn in its place; "user" or "tool": an observation
     turn: int  # from 1; an observation belongs to the turn that it follows
     start: int
     end: int
@@ -64,6 +68,11 @@ class Span:
     @property
     def sampled(self) -> bool:
         return self.role == ASSISTANT
+
+    @property
+    def is_turn(self) -> bool:
+        """Whether it is a turn, sampled or demonstrated, and no observation."""
+        return self.role in TURNS
 
 
 def ranges_of(spans: Sequence[Span], length: int, roles: Sequence[str]) -> list[tuple[int, int]]:
@@ -109,14 +118,14 @@ def last_turn(ids: Sequence[int], spans: Sequence[Span]) -> Sequence[int]:
 
 
 def check_spans(spans: Sequence[Span], length: int) -> None:
-    """Raises ValueError unless the spans cover a completion of `length` tokens without gaps, and the last is sampled."""
+    """Raises ValueError unless the spans cover a completion of `length` tokens without gaps, and the last is a turn."""
     end = 0
     for span in spans:
         if span.start != end or span.end < span.start:
             raise ValueError(f"a span starts at {span.start}, after one that ends at {end}")
         end = span.end
-    if spans and (end != length or not spans[-1].sampled):
-        raise ValueError(f"the spans end at {end}, the completion of {length} tokens with a sampled turn")
+    if spans and (end != length or not spans[-1].is_turn):
+        raise ValueError(f"the spans end at {end}, the completion of {length} tokens with a turn")
 
 
 def span_records(spans: Sequence[Span]) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ This page is written by `tools/freeze_surface.py` from the spec classes and from
 """
 CHAPTERS: list[tuple[str, list[Any]]] = [
     ("What does a file contain?", [ExperimentSpec]),
-    ("Who samples?", [specs.RolloutSpec, specs.SampledBy]),
+    ("Who samples?", [specs.RolloutSpec, specs.SampledBy, specs.StartsWith]),
     ("Which engine samples?", [specs.Backend]),
     ("Which rollouts are trained on?", [specs.Keep]),
     ("Which weights does the teacher have?", [specs.TeacherSpec, specs.TeacherWeights]),

@@ -84,17 +84,31 @@ class CallFormat:
         ]
         return [Message(role="user", content="\n".join(lines))]
 
-    def written(self, prompter: Prompter, call: Call) -> str:
+    def turn_text(self, prompter: Prompter, call: Call) -> str:
         """Returns a turn that makes a call, as the chat template writes it with its end, or the text protocol without one.
 
         `prompter` shows these tools.
         """
         if self.template is None:
-            return f"CALL {call.name} {json.dumps(call.arguments, ensure_ascii=False)}"
+            return _call_line(call.name, call.arguments)
         question: ChatMessage = {"role": "user", "content": QUESTION}
         before = prompter.chat(ROW, [question])
         rendered = prompter.chat(ROW, [question, _turn_with([call])], generation_prompt=False)
         return rendered[common_length(before, rendered) :]
+
+    def written(self, answer: ChatMessage) -> ChatMessage:
+        """Returns an assistant's message as the chat template takes it: with its call as a line in the text protocol.
+
+        Raises BadData if it has more calls than a turn may have.
+        """
+        calls = answer.get("tool_calls", ())
+        if len(calls) > self.most:
+            raise BadData(f"a turn has {len(calls)} tool calls; the format {self.name} takes {self.most}")
+        if self.template or not calls:
+            return answer
+        function = calls[0]["function"]
+        line = _call_line(function["name"], function["arguments"])
+        return {"role": answer["role"], "content": "\n".join(filter(None, [answer["content"], line]))}
 
     def read(self, tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> tuple[tuple[Call, ...], str | None]:
         """Returns the calls in a sampled turn, or why they cannot be read."""
@@ -156,6 +170,10 @@ def call_messages(
             for name, value in zip(names, values, strict=True)
         ]
     )
+
+
+def _call_line(name: str, arguments: Mapping[str, Any]) -> str:
+    return f"CALL {name} {json.dumps(arguments, ensure_ascii=False)}"
 
 
 def _turn_with(calls: Sequence[Call]) -> ChatMessage:

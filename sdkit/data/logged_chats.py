@@ -85,6 +85,22 @@ class CompletionEncoder:
                 spans.append(Span(role=role, turn=turn, start=start, end=len(ids), body=within))
         return LoggedCompletion(ids=tuple(ids), spans=tuple(spans))
 
+    def turns(self, row: Row, column: str) -> list[Ids]:
+        """Returns each of the assistant's turns in a row's chat as `encode` has it, without what stands in between.
+
+        Calls are lines of text where the environment's tools are called so.  Raises BadData naming the row.
+        """
+        value, calls = row.columns.get(column), self.prompter.calls_of(row)
+        if not isinstance(value, Turns):
+            raise BadData(f"row {row.index}: '{column}' has no turns of a chat")
+        end = end_of_turns(self.prompter.tokenizer, self.end)
+        answers = [message for message in value if message["role"] == ASSISTANT]
+        try:
+            written = [calls.written(answer) if calls else answer for answer in answers]
+        except BadData as fault:
+            raise BadData(f"row {row.index}: {fault.message}", hint=fault.hint) from None
+        return [next(self._parts(row, answer, (), end))[1] for answer in written]
+
     def changed_by_template(self, row: Row, column: str) -> bool:
         """Whether the chat template prints the chat as a whole otherwise than `encode` does."""
         value = row.columns.get(column)

@@ -131,6 +131,8 @@ def write_run_file(target: Path, answers: Answers, ask: Ask | None) -> str:
             name in TEXTS and name not in (*answers.columns, *data.columns) and data.ends_in_answers(columns)
         )
         columns[name] = {"last_turn": columns["prompt"]} if is_last_turn else _column(name, data, answers, names, ask)
+        if page.spec.rollout.starts_with and name == page.spec.rollout.starts_with.column:
+            columns[name] = {"turns": columns["prompt"] if is_last_turn else columns[name]}
     optional = [name for name in ("system", "answer", "tests") if name not in columns]
     columns |= {name: column for name in optional if (column := _guess(name, data, answers, names))}
     columns |= {name: column for name, column in answers.columns.items() if name not in columns}

@@ -61,7 +61,7 @@ class Prompter:
         self.control = ControlTokens(tokenizer)
         self.keep_text = keep_text
         self.calls: CallFormat | None = None  # how tools are shown; None: there are none that every row has
-        self._calls_of: Callable[[Row], CallFormat | None] = lambda row: None
+        self.calls_of: Callable[[Row], CallFormat | None] = lambda row: None  # how a row's are shown
         self._printed_tools = PrintedTools(
             lambda chat, tools: self._apply_template(dummy_chats.ROW, chat, tools or None)
         )
@@ -75,13 +75,13 @@ class Prompter:
     def with_tools(self, calls: CallFormat) -> Prompter:
         """Returns a prompter that shows tools in every chat."""
         other = copy.copy(self)
-        other.calls, other._calls_of = calls, lambda row: calls
+        other.calls, other.calls_of = calls, lambda row: calls
         return other
 
     def with_tools_by_row(self, calls_of: Callable[[Row], CallFormat | None]) -> Prompter:
         """Returns a prompter that shows each row's own tools, if it has some."""
         other = copy.copy(self)
-        other._calls_of = calls_of
+        other.calls_of = calls_of
         return other
 
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
@@ -147,7 +147,7 @@ class Prompter:
 
         Raises BadData naming the row if the template rejects them, or prints no tools though the row has some.
         """
-        if calls := self._calls_of(row):
+        if calls := self.calls_of(row):
             messages, tools = calls.shown(messages), calls.shown_tools
         elif tools is None:
             self._printed_tools.check(row, messages)

@@ -45,12 +45,13 @@ def sample_continuously(
 
     Up to `threads` threads ask the environment at the same time.  `advance` receives 1 for each trajectory that has ended.
     """
-    trajectories = sampler.open(requests, rows, sampling)
+    trajectories = sampler.open(requests, rows, sampling, advance)
     pool = DaemonThreads(min(threads, len(trajectories)), "sdkit environment")
     turns = _Turns(sampler, backend, sampling, pool)
     try:
         for trajectory in trajectories:
-            turns.sample(trajectory)
+            if trajectory.ending is None:
+                turns.sample(trajectory)
         while turns.are_left:
             advance(turns.advance())
     finally:

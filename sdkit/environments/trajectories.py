@@ -20,7 +20,7 @@ from sdkit.environments.routed import route_of
 from sdkit.language import specs
 from sdkit.language.errors import BadData
 from sdkit.seeds import derive
-from sdkit.spans import ASSISTANT, FINISHED, Ending, Span, Turn
+from sdkit.spans import ASSISTANT, DEMONSTRATION, FINISHED, Ending, Span, Turn
 from sdkit.stdout import Advance, no_progress
 
 
@@ -43,6 +43,8 @@ class TrajectorySampler:
     decode: Callable[[Sequence[int]], str]  # without special tokens
     # The prompt of a request and its row, with a text that the environment appends.
     opened_prompt: Callable[[SamplingRequest, Row, str], tuple[int, ...]]
+    # The turns that a row's trajectory starts with.
+    demonstrated: Callable[[Row], Sequence[tuple[int, ...]]] = lambda _: ()
     all_ranks: bool = False  # whether this rank samples the trajectories of all ranks
 
     def sample(
@@ -58,7 +60,7 @@ class TrajectorySampler:
         `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and
         servers need.  Raises BadData as the environment does.
         """
-        trajectories = self.open(requests, rows, sampling)
+        trajectories = self.open(requests, rows, sampling, advance)
         for _ in range(self.environment.max_turns):
             active = [t for t in trajectories if t.ending is None]
             if not (len(active) if self.all_ranks else collectives.all_reduce_max(len(active))):
@@ -66,22 +68,35 @@ class TrajectorySampler:
             asked = [self.request(t, sampling) for t in active]
             for trajectory, request, completion in zip(active, asked, backend.sample(asked, sampling), strict=True):
                 trajectory.add_turn(request, completion)
-            replies = self.environment.reply([(t.handle, self.turn(t)) for t in active])
-            for trajectory, reply in zip(active, replies, strict=True):
-                trajectory.add_reply(reply, self)
-            advance(sum(t.ending is not None for t in active))
+            self._answer(active, advance)
         return self.end(trajectories)
 
     def open(
-        self, requests: Sequence[SamplingRequest], rows: Sequence[Row], sampling: SamplingParams
+        self,
+        requests: Sequence[SamplingRequest],
+        rows: Sequence[Row],
+        sampling: SamplingParams,
+        advance: Advance = no_progress,
     ) -> list[Trajectory]:
-        """Return a new trajectory for each request."""
+        """Return a new trajectory for each request, after the turns of its demonstration; some may have ended in them."""
         opened = self.environment.open([(row, r.environment_seed) for row, r in zip(rows, requests, strict=True)])
         _check_openings(rows, requests, opened)
-        return [
+        trajectories = [
             self._begin(request, row, each, sampling)
             for request, row, each in zip(requests, rows, opened, strict=True)
         ]
+        while demonstrating := [t for t in trajectories if t.demonstration and t.ending is None]:
+            for trajectory in demonstrating:
+                trajectory.add_demonstrated_turn()
+            self._answer(demonstrating, advance)
+        return trajectories
+
+    def _answer(self, trajectories: Sequence[Trajectory], advance: Advance) -> None:
+        """Let the environment answer the last turn of each."""
+        replies = self.environment.reply([(t.handle, self.turn(t)) for t in trajectories])
+        for trajectory, reply in zip(trajectories, replies, strict=True):
+            trajectory.add_reply(reply, self)
+        advance(sum(t.ending is not None for t in trajectories))
 
     def end(self, trajectories: Sequence[Trajectory]) -> list[Completion]:
         """End the trajectories in the environment, and return them.  Raises BadData if too many ended by an error."""
@@ -104,6 +119,7 @@ class TrajectorySampler:
             observations=self.observations(row),
             max_new_tokens=sampling.max_new_tokens,
             prompt_ids=request.prompt_ids,
+            demonstration=self.demonstrated(row),
             error=opened.error,
         )
         if opened.text and not opened.error:
@@ -150,9 +166,10 @@ class Trajectory:
     observations: ObservationEncoder
     max_new_tokens: int  # of a turn
     prompt_ids: tuple[int, ...]  # with what the environment appended
+    demonstration: Sequence[tuple[int, ...]] = ()  # turns before the first that is sampled, which are not played yet
     opening: str | None = None
     ids: list[int] = field(factory=list)
-    logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
+    logprobs: list[float] | None = field(factory=list)  # 0 where not sampled; None: the backend gives none
     spans: list[Span] = field(factory=list)
     turn_rewards: list[float] = field(factory=list)
     turn_feedback: list[str | None] = field(factory=list)
@@ -191,6 +208,15 @@ class Trajectory:
         if not sampled.finished:
             self.ending = "length" if request.max_new_tokens is None else "max_tokens"
 
+    def add_demonstrated_turn(self) -> None:
+        """Append the next turn of the demonstration; one that the trajectory's limit cuts is the last."""
+        turn, *rest = self.demonstration
+        self.demonstration = rest
+        ids = turn[: self.tokens_left]
+        self._append(DEMONSTRATION, self.turns + 1, ids, (0.0,) * len(ids), None)
+        if len(ids) < len(turn):
+            self.ending = "max_tokens"
+
     def add_reply(self, reply: Reply, sampler: TrajectorySampler) -> None:
         """Note the turn's reward and feedback, and append the observation if another turn follows."""
         if reply.reward is not None:
@@ -202,7 +228,8 @@ class Trajectory:
         elif not reply.messages:
             self.ending = self.ending or reply.ending or "done"
         else:
-            closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
+            demonstrated = self.spans[-1].role == DEMONSTRATION  # which may end otherwise than answers, as calls do
+            closed = demonstrated or (bool(self.ids) and self.ids[-1] in sampler.end_ids)
             limit = self.spec.max_observation_tokens
             parts = self.observations.encode(reply.messages, closed=closed, limit=limit)
             self._add_observation(parts, reply.seconds, sampler)

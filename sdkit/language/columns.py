@@ -63,8 +63,8 @@ def shown_columns(spec: specs.ExperimentSpec) -> list[str]:
 
 
 def required_columns(spec: specs.ExperimentSpec) -> list[str]:
-    """The columns that no training row may leave empty: that of the completions, if they come from the data."""
-    return list(filter(None, [spec.rollout.sampled_by.completion_column]))
+    """The columns that no training row may leave empty: that of completions or demonstrated turns, if the data has them."""
+    return list(filter(None, [spec.rollout.column]))
 
 
 def logs_chats(spec: specs.ExperimentSpec) -> bool:

@@ -79,16 +79,17 @@ def list_pages(pages: Sequence[MethodPage], width: int | None = None) -> str:
 def columns_of_method(spec: MethodSpec) -> list[str]:
     """Returns sdkit's names of the columns that a method reads besides the prompt."""
     names = [slot.name for _, slot in spec.placed_slots() if isinstance(slot, ColumnSlot)]
-    if completions := spec.rollout.sampled_by.completion_column:
-        names.append(completions)
+    if spec.rollout.column:
+        names.append(spec.rollout.column)
     if spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         names.append(spec.teacher.weights.by)
     return list(dict.fromkeys(names))
 
 
 def needs_turns(spec: MethodSpec) -> bool:
-    """Returns whether a term of the objective, or the teacher's context, needs completions of several turns."""
-    return bool(spec.sees and spec.sees.by_turn) or any(term.turn_setting for term in spec.losses.values())
+    """Returns whether the sampler, a term of the objective, or the teacher's context needs completions of several turns."""
+    by_turn = spec.rollout.starts_with is not None or (spec.sees is not None and spec.sees.by_turn)
+    return by_turn or any(term.turn_setting for term in spec.losses.values())
 
 
 def _needs(spec: MethodSpec) -> Iterator[str]:

@@ -144,7 +144,24 @@ ROLLOUTS = (
     Metric("reward/REWARD", "mean reward of the rollouts", "as the reward", "rises; neither 0 nor 1 throughout"),
     Metric("rollout/tokens", "sampled tokens", "count"),
     Metric("rollout/completion_tokens", "mean number of sampled tokens of a completion", "tokens", "steady"),
-    Metric("trajectory/turns", "mean number of turns of a trajectory", "turns", "falls as more first turns are right"),
+    Metric(
+        "trajectory/turns",
+        "mean number of sampled turns of a trajectory",
+        "turns",
+        "falls as more first turns are right",
+    ),
+    Metric(
+        "trajectory/demonstrated_turns",
+        "mean number of a demonstration's turns that a trajectory started with",
+        "turns",
+        "as rollout.sampled_by.starts_with is scheduled",
+    ),
+    Metric(
+        "trajectory/ended_in_demonstration",
+        "trajectories that ended before the student took over / trajectories; they are not trained on",
+        "share",
+        "near 0",
+    ),
     Metric(
         "trajectory/turns_with_teacher",
         "turns for which the teacher's context, which differs by turn, is filled / turns",

@@ -67,6 +67,8 @@ def _trajectory(spec: ExperimentSpec) -> Iterator[str]:
     sampled = f"up to {counted(spec.rollout.max_new_tokens, 'token')}, sampled"
     shown = f"up to {counted(environment.max_observation_tokens, 'token')}, shown, not sampled"
     yield "prompt: the chat of the column `prompt`"
+    if start := spec.rollout.starts_with:
+        yield f"first: {start.describe()}, which the environment answers; shown, not sampled"
     yield f"turn 1, assistant: {sampled}"
     yield f"turn 1, user: {environment.reply_text}; {shown}"
     yield f"turn 2, assistant: {sampled}"

@@ -188,7 +188,7 @@ class ServerPool:
     ) -> list[Completion]:
         done: dict[int, Completion] = {}
         pending = _groups(requests)
-        if all(request.trajectory is None for request in requests):
+        if not any(request.trajectory in self._sampled_by for request in requests):
             self._sampled_by = {}  # a new batch
         for _ in range(MAX_ROUNDS):
             if not pending:

@@ -202,17 +202,17 @@ def trajectory_parts(
 ) -> dict[str, Any]:
     """Return the `turns` of a trajectory as a person reads them, and its `ending`; nothing for a completion of one turn.
 
-    Each part has a turn, a role and a text; those of the assistant have a reward if the environment gave the turn one.
+    Each part has a turn, a role and a text; turns have a reward if the environment gave them one.
     """
     if not spans:
         return {}
-    rewards = rewards_by_turn(sum(span.sampled for span in spans), turn_rewards, ending)
+    rewards = rewards_by_turn(sum(span.is_turn for span in spans), turn_rewards, ending)
     turns = [
         {
             "turn": span.turn,
             "role": span.role,
             "text": completion_text(data, ids[slice(*(span.body or (span.start, span.end)))]),
-            **({"reward": rewards[span.turn]} if span.sampled and span.turn in rewards else {}),
+            **({"reward": rewards[span.turn]} if span.is_turn and span.turn in rewards else {}),
         }
         for span in spans
     ]

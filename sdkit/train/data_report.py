@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sdkit.batches import Row
-from sdkit.data.logged_chats import CompletionEncoder, unanswered
+from sdkit.data.logged_chats import unanswered
 from sdkit.data.rows import drop_duplicates
 from sdkit.language import columns
 from sdkit.language.errors import counted
@@ -81,10 +81,7 @@ def _odd_chats(data: RunData) -> Iterator[str]:
     """What is odd about logged chats that a run accepts: an unanswered end, a template that changes earlier turns."""
     if not columns.logs_chats(data.spec):
         return
-    column, encoder = (
-        data.spec.rollout.sampled_by.completion_column or "",
-        CompletionEncoder(data.prompter, data.turn_end),
-    )
+    column, encoder = data.spec.rollout.sampled_by.completion_column or "", data.completion_encoder
     if cut := [row for row in data.train if unanswered(row, column)]:
         yield f"'{column}' goes on after the assistant's last turn, which is left out, in {_named(cut)}"
     if changed := [row for row in data.train if encoder.changed_by_template(row, column)]:

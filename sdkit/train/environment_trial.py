@@ -159,7 +159,7 @@ class Trial:
 
     def _call_ids(self, prompter: Prompter, call: Call) -> Ids:
         assert prompter.calls is not None
-        ids = prompter.encode(prompter.calls.written(prompter, call))
+        ids = prompter.encode(prompter.calls.turn_text(prompter, call))
         return (*ids[: ids.index(self.end)], self.end) if self.end in ids else (*ids, self.end)
 
     def _text(self, spec: specs.Environment, row: Row) -> str:

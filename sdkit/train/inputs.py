@@ -30,6 +30,7 @@ from sdkit.plan.plan import make_plan
 from sdkit.plan.teacher_rows import sampled_context_tokens
 from sdkit.rewards.scoring import Scorer, open_rewards
 from sdkit.train.dataset_completions import DatasetCompletions, measure_completions
+from sdkit.train.demonstrations import check_demonstrations
 from sdkit.train.reward_checks import check_rewards
 from sdkit.user_code.divergences import open_user_divergences
 from sdkit.user_code.token_weights import open_user_weights
@@ -120,6 +121,11 @@ class RunData:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def completion_encoder(self) -> CompletionEncoder:
+        """The encoder of completions, and of demonstrated turns, that the data set has."""
+        return CompletionEncoder(self.prompter, self.turn_end)
 
     def set_date(self, now: datetime) -> None:
         """Set the date that chat templates print."""
@@ -298,6 +304,8 @@ class RunData:
         with blaming("data"):
             longest = self._render_prompts(rows)
             self.completions = self._dataset_completions(rows)
+        with blaming("rollout", "sampled_by", "starts_with"):
+            self._check_demonstrations(rows)
         self._check_routes(rows)
         check_rows(self.spec.environment, rows)
         check_routes(
@@ -343,11 +351,18 @@ class RunData:
         column = self.spec.rollout.sampled_by.completion_column
         if column is None:
             return None
-        encoder = CompletionEncoder(self.prompter, self.turn_end)
-        completions = encode_all(encoder, {id(row): row for row in rows}.values(), column)
+        completions = encode_all(self.completion_encoder, {id(row): row for row in rows}.values(), column)
         self._check_ids((row, f"the {column}", ids) for row, ids in completions)
         lengths = {row.index: len(ids) for row, ids in completions}
         return measure_completions(column, lengths, self.spec.rollout.max_new_tokens)
+
+    def _check_demonstrations(self, rows: Iterable[Row]) -> None:
+        """Raise BadData naming the rows whose demonstration no trajectory can start with."""
+        rollout = self.spec.rollout
+        if rollout.starts_with:
+            column, unique = rollout.starts_with.column, {id(row): row for row in rows}.values()
+            turns = check_demonstrations(self.completion_encoder, column, unique, rollout.max_new_tokens)
+            self._check_ids((row, f"the {column}", ids) for row, ids in turns)
 
     def _check_ids(self, texts: Iterable[tuple[Row, str, Sequence[int]]]) -> None:
         """Raise BadData naming the rows with an id that a model has no embedding for.  texts: row, description, ids."""

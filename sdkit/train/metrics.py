@@ -19,7 +19,7 @@ from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
 from sdkit.models.device import rank_device
 from sdkit.plan.accelerators import accelerator_named
-from sdkit.spans import Ending
+from sdkit.spans import DEMONSTRATION, Ending
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
 from sdkit.train.step import StepResult
@@ -41,17 +41,22 @@ def step_metrics(
     """Return every metric of a step.
 
     `filter_shares` is the share of rollouts that passes each filter; `trained` is the number that passes all of them;
-    `version` is the policy version after the step.
+    `version` is the policy version after the step.  Trajectories that ended before the student took over count only in
+    `rollout/kept`, `keep/*`, and their endings.
     """
-    rollouts = list(collected.batch)
-    sampled = len(rollouts)
+    rollouts = [r for r in collected.batch if r.is_by_student]
+    sampled = len(collected.batch)
     metrics = _average_updates(results)
     metrics |= _divide_sums(
-        {f"reward/{name}": _mean(values) for name, values in collected.scores.items()}
+        {
+            f"reward/{name}": _mean(v for v, r in zip(values, collected.batch, strict=True) if r.is_by_student)
+            for name, values in collected.scores.items()
+        }
         | {f"keep/{name}": (share * sampled, sampled) for name, share in filter_shares.items()}
         | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
         | _rollout_sums(data, rollouts)
         | _trajectory_sums(data, rollouts)
+        | _ending_sums(data, list(collected.batch))
         | _entropy_sum(data, collected)
         | _group_sums(data, rollouts)
         | _context_sums(data.spec.slots, rollouts)
@@ -101,17 +106,32 @@ def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
 
 
 def _trajectory_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
-    """Turns and observations of trajectories; with an environment also their endings."""
+    """Turns and observations of trajectories."""
     if data.spec.environment is None and not logs_chats(data.spec):
         return {}
-    endings = {f"trajectory/ending_{name}": _mean(r.ending == name for r in rollouts) for name in get_args(Ending)}
     turns = float(sum(span.sampled for r in rollouts for span in r.spans))
     views = float(sum(len(r.views) for r in rollouts))
     return {
         **({"trajectory/turns_with_teacher": (views, turns)} if data.context_by_turn else {}),
         "trajectory/turns": _mean(sum(span.sampled for span in r.spans) or 1 for r in rollouts),
-        "trajectory/observation_tokens": _mean(len(r.completion_ids) - len(r.sampled) for r in rollouts),
-        **(endings if data.spec.environment else {}),
+        "trajectory/observation_tokens": _mean(
+            sum(span.end - span.start for span in r.spans if not span.is_turn) for r in rollouts
+        ),
+    }
+
+
+def _ending_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
+    """Why trajectories ended, and what they started with; empty without an environment."""
+    if data.spec.environment is None:
+        return {}
+    endings = {f"trajectory/ending_{name}": _mean(r.ending == name for r in rollouts) for name in get_args(Ending)}
+    if data.spec.rollout.starts_with is None:
+        return endings
+    demonstrated = [sum(span.role == DEMONSTRATION for span in r.spans) for r in rollouts]
+    return {
+        **endings,
+        "trajectory/demonstrated_turns": _mean(demonstrated),
+        "trajectory/ended_in_demonstration": _mean(not r.is_by_student for r in rollouts),
     }
 
 

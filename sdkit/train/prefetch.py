@@ -21,6 +21,7 @@ from sdkit.checkpoints.checkpoint import PREFETCHED
 from sdkit.distributed import collectives
 from sdkit.environments.trajectories import TrajectorySampler, TurnSampler
 from sdkit.language.errors import UnreadableInput
+from sdkit.language.schedules import at_step
 from sdkit.runs.directory import read_lines
 from sdkit.sampling.replay import completion_from, completion_record
 from sdkit.serving.rollouts import Job
@@ -88,7 +89,8 @@ class RolloutPrefetcher:
         servers.retain_weights(self.models.student, version)
         rows, stream = data.batch_rows(batch), ("rollout", batch)
         sampling = sampling_params(data.spec.rollout, self.models.ids_below)
-        trajectories = trajectory_sampler(self.setup, self.models, sampling, None, all_ranks=True)
+        start = at_step(data.spec.rollout, version).starts_with
+        trajectories = trajectory_sampler(self.setup, self.models, sampling, None, all_ranks=True, starts_with=start)
         sample = trajectories and partial(_sample_trajectories, trajectories, rows_by_seed(data, rows, stream))
         self._jobs[batch] = servers.submit(sampling_requests(data, rows, stream), sampling, sample=sample)
 

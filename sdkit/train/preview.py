@@ -22,13 +22,17 @@ from sdkit.data.teacher_context import writer_question
 from sdkit.data.turn_ends import end_token
 from sdkit.data.written import scripted_answer
 from sdkit.language.errors import counted
-from sdkit.language.specs import ExperimentSpec, OfRollouts
+from sdkit.language.row_text import Turns, message_text
+from sdkit.language.schedules import at_step
+from sdkit.language.specs import ExperimentSpec, OfRollouts, StartsWith
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.spans import ASSISTANT, OBSERVATION, Message, Span
+from sdkit.train.demonstrations import count_demonstrated
 
 SPLICE = "▶ completion goes here"
 SCRIPTED = GroupOutcome(group=[Attempt(text="‹an answer›", reward=0.0, feedback="‹feedback›")], own=0, seed=0)
 """What a context may say about a completion, in place of what is known after sampling."""
+TAKE_OVER = "▶ the student takes over"
 
 
 def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> None:
@@ -57,6 +61,8 @@ def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], 
                 views.append(_panel("teacher", tokenizer.decode(teacher.ids), len(teacher.ids), cut))
         if column := spec.rollout.sampled_by.completion_column:
             views.append(_completion(spec, prompter, end, row, column))
+        if start := spec.rollout.starts_with:
+            views.append(_demonstration(at_step(start, 0), row))
         table = Table.grid(expand=True)
         for _ in views:
             table.add_column(ratio=1)
@@ -112,6 +118,16 @@ def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, row: 
     for span in kept.spans or (Span(role=ASSISTANT, turn=1, start=0, end=len(kept.ids)),):
         text.append(prompter.tokenizer.decode(kept.ids[span.start : span.end]), "" if span.sampled else OBSERVATION)
     return Panel(text, title=f"completion, from the data set: {counted(len(logged.ids), 'token')}{note}{turns}")
+
+
+def _demonstration(start: StartsWith, row: Row) -> Panel:
+    """The turns of a row's demonstration, marked where the student takes over in the first step."""
+    chat = row.columns[start.column]
+    turns = [turn for turn in chat if turn["role"] == ASSISTANT] if isinstance(chat, Turns) else []
+    shown = count_demonstrated(len(turns), start)
+    text = Text("\n".join(map(message_text, turns[:shown])), OBSERVATION)
+    title = f"demonstration: the first {shown} of {counted(len(turns), 'turn')}"
+    return Panel(text.append(f"\n{TAKE_OVER}", style="bold green"), title=title)
 
 
 def _panel(title: str, text: str, tokens: int, note: str = "") -> Panel:

@@ -17,11 +17,11 @@ def filter_rollouts(
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Return the rollouts that pass every filter, and the share of rollouts that passes each filter.
 
-    Trajectories that ended by an error of their environment pass none and are not counted.
+    Trajectories that ended by an error of their environment, or before the student took over, pass none and are not counted.
 
     Group statistics (advantages, siblings, pass rates) still cover every sampled rollout.
     """
-    batch = RolloutBatch(rollouts=tuple(r for r in batch if r.ending != "environment_error"))
+    batch = RolloutBatch(rollouts=tuple(r for r in batch if r.ending != "environment_error" and r.is_by_student))
     passes = [[_passes(rollout_filter, r, decode) for r in batch] for rollout_filter in filters]
     rollouts = tuple(r for i, r in enumerate(batch) if all(column[i] for column in passes))
     shares = {

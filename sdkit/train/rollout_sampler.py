@@ -17,6 +17,7 @@ from sdkit.language.specs import (
     MixtureSamples,
     ReplayBackend,
     SampledBy,
+    StartsWith,
     StudentSamples,
     TeacherSamples,
 )
@@ -115,7 +116,9 @@ class RolloutSampler:
                     assert_never(sampler)
         backend, figures = self.backends.load(weights, version, evaluation=evaluation)
         sampling = sampling_params(rollout, self.models.ids_below)
-        completions = self.complete(backend, requests, [rows[group] for group in groups], sampling, suite, advance)
+        own_rows = [rows[group] for group in groups]
+        start = sampler.starts_with if isinstance(sampler, StudentSamples) else None
+        completions = self.complete(backend, requests, own_rows, sampling, suite, advance, starts_with=start)
         return SampledCompletions(requests=requests, completions=completions, version=version, figures=figures)
 
     def complete(
@@ -128,13 +131,17 @@ class RolloutSampler:
         advance: Advance = no_progress,
         *,
         by_teacher: bool = False,
+        starts_with: StartsWith | None = None,
     ) -> list[Completion]:
         """Return one completion per request: a trajectory, if the spec has an environment.
 
-        `rows` are the requests' rows, `by_teacher` says whether the prompts are the teacher's; a recording holds whole
-        trajectories.  `advance` as in `RolloutBackend`.
+        `rows` are the requests' rows, `by_teacher` says whether the prompts are the teacher's, `starts_with` (without
+        schedules) which turns of a demonstration come first; a recording holds whole trajectories.  `advance` as in
+        `RolloutBackend`.
         """
-        trajectories = trajectory_sampler(self.setup, self.models, sampling, suite, by_teacher=by_teacher)
+        trajectories = trajectory_sampler(
+            self.setup, self.models, sampling, suite, by_teacher=by_teacher, starts_with=starts_with
+        )
         spec = self.setup.spec.environment
         if not spec or not trajectories or isinstance(backend, ReplayRollouts):
             return backend.sample(requests, sampling, advance)
@@ -160,7 +167,12 @@ class RolloutSampler:
 
 
 def resolve_sampler(sampled_by: SampledBy, seed: int, stream: Stream, *, evaluation: bool) -> OneSampler:
-    """Return what answers these prompts.  A mixture draws one for the batch, and is the student for held-out rows."""
+    """Return what answers these prompts.  A mixture draws one for the batch, and is the student for held-out rows.
+
+    Trajectories of held-out rows start with no demonstration.
+    """
+    if isinstance(sampled_by, StudentSamples) and evaluation:
+        return StudentSamples()
     if not isinstance(sampled_by, MixtureSamples):
         return sampled_by
     coin = random.Random(derive(seed, *stream, "coin")).random()

@@ -16,7 +16,7 @@ from sdkit.language.specs import ExperimentSpec
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.runs.directory import MARK, read_lines, step_file
 from sdkit.runs.samples import ending_of, turn_heading
-from sdkit.spans import ASSISTANT, OBSERVATION, rewards_by_turn
+from sdkit.spans import ASSISTANT, OBSERVATION, TURNS, rewards_by_turn
 
 Record = Mapping[str, Any]
 SCALE = ((0.1, ""), (0.5, "black on #fee8a0"), (1.0, "black on #fdae61"), (2.0, "black on #f46d43"))
@@ -86,7 +86,7 @@ def _heading(record: Record) -> str:
 
 
 def _turns(tokenizer: Any, record: Record) -> Text:
-    """A trajectory, part by part, each under its turn and role; observations in a colour of their own."""
+    """A trajectory, part by part, each under its turn and role; what was not sampled in a colour of its own."""
     text = Text()
     for part in parts_of(record):
         text.append(f"{turn_heading(part)}\n", "bold dim")
@@ -102,9 +102,9 @@ def _turns(tokenizer: Any, record: Record) -> Text:
 def parts_of(record: Record) -> list[dict[str, Any]]:
     """The spans of a recorded trajectory, with the rewards of its turns."""
     spans = record["spans"]
-    turns = sum(span["role"] == ASSISTANT for span in spans)
+    turns = sum(span["role"] in TURNS for span in spans)
     rewards = rewards_by_turn(turns, record.get("turn_rewards") or (), record.get("ending"))
-    return [{**span, "reward": rewards.get(span["turn"]) if span["role"] == ASSISTANT else None} for span in spans]
+    return [{**span, "reward": rewards.get(span["turn"]) if span["role"] in TURNS else None} for span in spans]
 
 
 def _coloured(tokenizer: Any, record: Record, start: int = 0, end: int | None = None) -> Text:

@@ -7,6 +7,7 @@ replaced by the smallest stand-ins.  The gradient must be neither zero nor round
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ WIDE_BOUND = 30.0
 """Nats, wider than the difference of two tiny random models; trained models differ by much less than those."""
 VOCABULARY = 512
 MAX_NEW_TOKENS = 16  # tokens of a completion
+DEMONSTRATED_TOKENS = 4  # for which a turn of a demonstration has room
 MAX_COMPLETIONS = 32  # in a group
 
 
@@ -205,12 +207,22 @@ def _small_rollout(rollout: specs.RolloutSpec, for_accelerator: bool) -> specs.R
     return evolve(
         rollout,
         backend=backend,
+        sampled_by=_small_sampler(rollout.sampled_by),
         max_staleness=0,
         completions_per_prompt=min(rollout.completions_per_prompt, MAX_COMPLETIONS),
-        max_new_tokens=min(rollout.max_new_tokens, MAX_NEW_TOKENS),
+        max_new_tokens=max(
+            min(rollout.max_new_tokens, MAX_NEW_TOKENS), DEMONSTRATED_TOKENS * bool(rollout.starts_with)
+        ),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
     )
+
+
+def _small_sampler(sampled_by: specs.SampledBy) -> specs.SampledBy:
+    """The sampler with one turn of a demonstration, which has two."""
+    if isinstance(sampled_by, specs.StudentSamples) and sampled_by.starts_with:
+        return evolve(sampled_by, starts_with=evolve(sampled_by.starts_with, turns_left=1.0))
+    return sampled_by
 
 
 def _tiny_teacher(teacher: specs.TeacherSpec, url: str, writer_url: str) -> specs.TeacherSpec:
@@ -304,13 +316,14 @@ def _columns(spec: specs.MethodSpec) -> Iterator[str]:
     """The columns that a spec names."""
     if isinstance(spec, specs.ExperimentSpec):
         yield from spec.data.columns or ()
-    if column := spec.rollout.sampled_by.completion_column:
-        yield column
+    if spec.rollout.column:
+        yield spec.rollout.column
     yield from (slot.name for _, slot in spec.placed_slots() if isinstance(slot, specs.ColumnSlot))
 
 
 def stand_in_rows(spec: specs.MethodSpec, columns: Iterable[str]) -> specs.DataSpec:
     """Return a few rows with these columns, and with those that name a route."""
+    demonstration = spec.rollout.starts_with and spec.rollout.starts_with.column
     routes = _routes(spec)
     names = {*columns, *routes}
 
@@ -319,15 +332,17 @@ def stand_in_rows(spec: specs.MethodSpec, columns: Iterable[str]) -> specs.DataS
             return None
         if name in routes:
             return routes[name][i % len(routes[name])]
+        if name == demonstration:
+            turn = {"role": "assistant", "content": str(i)}
+            return json.dumps([turn, {"role": "user", "content": "Go on."}, turn])
         return f"{name} {i}: {i} + {i} = {2 * i}"
 
     rows = tuple(
         specs.Table({name: value(name, i) for name in sorted(names)})
         for i in range(max(ROWS, 2 * len(scripted_rewards.group_rewards(spec)), *map(len, routes.values())))
     )
-    return specs.DataSpec(
-        source=specs.InlineSource(rows=rows), columns=specs.Table({name: name for name in sorted(names)})
-    )
+    mapped = {name: specs.ChatTurns(turns=name) if name == demonstration else name for name in sorted(names)}
+    return specs.DataSpec(source=specs.InlineSource(rows=rows), columns=specs.Table(mapped))
 
 
 def _routes(spec: specs.MethodSpec) -> dict[str, list[str]]:

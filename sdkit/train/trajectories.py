@@ -6,6 +6,8 @@ from functools import partial
 
 from sdkit.batches import SamplingParams
 from sdkit.environments.trajectories import TrajectorySampler
+from sdkit.language.specs import StartsWith
+from sdkit.train.demonstrations import demonstrated_turns
 from sdkit.train.models import Models
 from sdkit.train.setup import RunSetup
 
@@ -18,10 +20,12 @@ def trajectory_sampler(
     *,
     all_ranks: bool = False,
     by_teacher: bool = False,
+    starts_with: StartsWith | None = None,
 ) -> TrajectorySampler | None:
     """Return the sampler of trajectories for the training rows (None) or a suite; None if they have no environment.
 
     `all_ranks`: this rank samples the trajectories of all ranks.  `by_teacher`: the prompts are the teacher's.
+    `starts_with`: as of this batch, without schedules.
     """
     data, spec = setup.data, setup.spec.environment
     environment = data.environments.get(suite)  # the panel has none
@@ -34,5 +38,6 @@ def trajectory_sampler(
         end_ids=models.end_ids,
         decode=partial(data.tokenizer.decode, skip_special_tokens=True),
         opened_prompt=partial(data.opened_prompt, by_teacher=by_teacher),
+        demonstrated=partial(demonstrated_turns, data.completion_encoder, starts_with),
         all_ranks=all_ranks,
     )

@@ -24,7 +24,17 @@ pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn
 from test_prefetch import CORRECTED, versions
 from test_servers import serve, served_by, short_delays
 
-from sdkit.language.specs import FileEnvironment, OutputSpec, RegexReward, RetryEnvironment, Table
+from sdkit.language.specs import (
+    ChatTurns,
+    FileEnvironment,
+    OutputSpec,
+    RegexReward,
+    RetryEnvironment,
+    Schedule,
+    StartsWith,
+    StudentSamples,
+    Table,
+)
 from sdkit.train import loop
 
 PARTS = {
@@ -163,6 +173,26 @@ def test_trajectories_are_sampled_ahead_by_one_version(ahead, tmp_path, monkeypa
         assert_equal(weights_of(cut)[name], value)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_trajectories_ahead_start_with_the_demonstration_of_their_weights(ahead, tmp_path):
+    chat = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "No."}] * 4
+    rows = tuple(Table({**row, "game": chat}) for row in ahead.data.source.rows)
+    data = evolve(
+        ahead.data,
+        source=evolve(ahead.data.source, rows=rows),
+        columns=Table({**ahead.data.columns, "game": ChatTurns(turns="game")}),
+    )
+    later = Schedule(start=1.0, to=5.0, steps=4)
+    sampler = StudentSamples(starts_with=StartsWith(column="game", turns_left=later))
+    spec = evolve(ahead, data=data, rollout=evolve(ahead.rollout, sampled_by=sampler))
+    run = train(evolve(spec, environment=evolve(spec.environment, max_turns=6)), tmp_path / "run")
+    assert versions(run) == [{0}, {0}, {1}, {2}]
+    demonstrated = []
+    for step in range(STEPS):
+        records = lines(run / f"rollouts/step_{step:06d}.jsonl")
+        demonstrated.append({sum(span["role"] == "demonstration" for span in r["spans"]) for r in records})
+    assert demonstrated == [{3}, {3}, {2}, {1}]
 
 
 @pytest.mark.full

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from sdkit.language import specs
 from sdkit.language.columns import logs_chats, scores_training_rows, training_reward
 from sdkit.language.errors import did_you_mean, listed, outside, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule, slots, terms
+from sdkit.language.rules.base import (
+    Context,
+    Finding,
+    at_user_file,
+    columns_of,
+    reward_advantages,
+    run_rule,
+    slots,
+    terms,
+)
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
 from sdkit.language.user_tools import class_faults, function_faults, opens_prompts
@@ -44,6 +53,26 @@ def environment_sampler(spec: specs.ExperimentSpec, context: Context) -> Iterato
             f"sampled_by is {kind}, but there is an environment",
             "use sampled_by: student",
         )
+
+
+@run_rule("trajectories that start with a demonstration have an environment, and the turns of a chat")
+def demonstrated_start(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The environment answers the demonstration's turns.  They are those of the assistant in a logged chat, which a column
+    `{turns: …}` reads.
+    """
+    starts_with, path = spec.rollout.starts_with, ("rollout", "sampled_by", "starts_with")
+    if starts_with is None:
+        return
+    if spec.environment is None:
+        yield path, "nothing answers the turns of a demonstration: there is no environment", "add environment: …"
+    name, known = starts_with.column, columns_of(spec, spec.data)
+    if name not in known:
+        message = f"{context.stated((*path, 'column'), name)}, which {outside(known)}"
+        hint = did_you_mean(name, known) or f"add data.columns.{name}: {{turns: …}}"
+        yield (*path, "column"), message, hint
+    elif not isinstance(known[name], specs.ChatTurns):
+        message = f"column {shorten(name)} is not the turns of a chat"
+        yield (*path, "column"), message, f"use data.columns.{name}: {{turns: …}}"
 
 
 @run_rule("trajectories that are sampled at their own pace have an engine in this process")

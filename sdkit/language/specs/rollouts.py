@@ -18,6 +18,7 @@ from sdkit.language.specs.fields import (
     TOP_P,
     Component,
     Scheduled,
+    between,
     spec_field,
 )
 
@@ -49,15 +50,42 @@ class BaseSampler(Component):
 
 
 @frozen(kw_only=True)
+class StartsWith:
+    """The first turns of a demonstration, after which the student takes over and acts to the end of the trajectory.
+
+    The demonstration is a logged chat (`{turns: …}`).  Its turns are given to the environment in the student's place, which
+    answers them anew; they stand in the context, and no loss counts them.  A trajectory that ends within them is not trained
+    on.  Evaluations start without them.
+    """
+
+    column: str = spec_field("column with the demonstration", default="demonstration", range=NAME)
+    turns_left: Scheduled = spec_field(
+        "turns at the demonstration's end that are left to the student, rounded down if a schedule is between two; a "
+        "demonstration of no more turns is not used",
+        range=between(0.0, 1e6),
+    )
+
+    def describe(self) -> str:
+        """Returns in words what precedes the student's first turn."""
+        return f"the turns of the column {self.column} but the last ({self.turns_left:g})"
+
+
+@frozen(kw_only=True)
 class StudentSamples(BaseSampler):
     """The student answers its own prompt."""
 
     kind: ClassVar[str] = "student"
-    description: ClassVar[str] = "student on its own prompt"
+    starts_with: StartsWith | None = spec_field(
+        "turns of a demonstration that begin each trajectory (default: none)", default=None
+    )
 
     @property
     def is_on_policy(self) -> bool:
         return True
+
+    def describe(self) -> str:
+        start = f", after {self.starts_with.describe()}" if self.starts_with else ""
+        return f"student on its own prompt{start}"
 
 
 @frozen(kw_only=True)
@@ -183,6 +211,16 @@ class RolloutSpec:
         default=0,
         range=NOT_NEGATIVE_COUNT,
     )
+
+    @property
+    def starts_with(self) -> StartsWith | None:
+        """The demonstration whose turns begin each trajectory, if there is one."""
+        return self.sampled_by.starts_with if isinstance(self.sampled_by, StudentSamples) else None
+
+    @property
+    def column(self) -> str | None:
+        """The column with completions, or with the turns that trajectories start with; None if there is neither."""
+        return self.starts_with.column if self.starts_with else self.sampled_by.completion_column
 
     def describe(self) -> str:
         """Returns who samples the completions, and how."""
