@@ -64,7 +64,7 @@ def shown_columns(spec: specs.ExperimentSpec) -> list[str]:
 
 def required_columns(spec: specs.ExperimentSpec) -> list[str]:
     """The columns that no training row may leave empty: that of completions or demonstrated turns, if the data has them."""
-    return list(filter(None, [spec.rollout.column]))
+    return list(filter(None, [spec.rollout.data_column]))
 
 
 def logs_chats(spec: specs.ExperimentSpec) -> bool:

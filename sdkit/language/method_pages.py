@@ -79,8 +79,8 @@ def list_pages(pages: Sequence[MethodPage], width: int | None = None) -> str:
 def columns_of_method(spec: MethodSpec) -> list[str]:
     """Returns sdkit's names of the columns that a method reads besides the prompt."""
     names = [slot.name for _, slot in spec.placed_slots() if isinstance(slot, ColumnSlot)]
-    if spec.rollout.column:
-        names.append(spec.rollout.column)
+    if spec.rollout.data_column:
+        names.append(spec.rollout.data_column)
     if spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         names.append(spec.teacher.weights.by)
     return list(dict.fromkeys(names))

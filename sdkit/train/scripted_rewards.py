@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from sdkit.language.specs import BaseEnvironment, ExperimentSpec, MethodSpec, environments_of
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
+NEVER = 1e6
+"""A threshold that no scripted reward reaches."""
 PROMPTS = 2
 """Prompts in a batch if the thresholds do not need more."""
 
@@ -23,7 +25,7 @@ def _thresholds(spec: MethodSpec) -> Iterator[float]:
     environments = [part for _, part in environments_of(environment, BaseEnvironment)]
     for part in (spec.route, *environments, *spec.rollout.keep, *slots, *weights):
         threshold = getattr(part, "threshold", None)
-        if threshold is not None:
+        if threshold not in (None, NEVER):
             yield threshold
 
 

@@ -189,7 +189,9 @@ def _small_environment(
     if isinstance(environment, specs.RoutedEnvironment):
         routes = {name: _small_environment(spec, route, reward) for name, route in environment.routes.items()}
         return evolve(environment, routes=specs.Table(routes))
-    short = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
+    short: dict[str, Any] = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
+    if spec.rollout.starts_with:  # no trajectory ends within its demonstration
+        short["threshold"] = scripted_rewards.NEVER
     if isinstance(environment, specs.RetryEnvironment):
         return evolve(environment, **short)
     return specs.RetryEnvironment(reward=reward, **short)
@@ -316,8 +318,8 @@ def _columns(spec: specs.MethodSpec) -> Iterator[str]:
     """The columns that a spec names."""
     if isinstance(spec, specs.ExperimentSpec):
         yield from spec.data.columns or ()
-    if spec.rollout.column:
-        yield spec.rollout.column
+    if spec.rollout.data_column:
+        yield spec.rollout.data_column
     yield from (slot.name for _, slot in spec.placed_slots() if isinstance(slot, specs.ColumnSlot))
 
 

@@ -73,6 +73,12 @@ def test_the_answer_that_ends_a_chat_is_the_demonstration(new):
     assert checked.spec.data.columns["demonstration"].last_turn == "messages"
 
 
+def test_a_chat_is_the_demonstration_that_trajectories_start_with(new):
+    chat = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    checked = new([{"messages": chat, "answer": "2"}], method="tcod_back", teachers=[MODEL])
+    assert checked.spec.data.columns["demonstration"].turns == "messages"
+
+
 def test_what_is_missing_is_asked_for(new):
     asked = []
 

@@ -24,6 +24,7 @@ from sdkit.data.logged_chats import CompletionEncoder
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter
 from sdkit.data.turn_ends import end_token
+from sdkit.data.turn_outcomes import turn_outcomes
 from sdkit.environments.continuous import sample_continuously
 from sdkit.environments.file import UserEnvironment
 from sdkit.environments.trajectories import TrajectorySampler
@@ -49,7 +50,7 @@ from sdkit.language.specs import (
     Table,
     ToolCalls,
 )
-from sdkit.spans import check_spans
+from sdkit.spans import Span, check_spans
 from sdkit.train import loop
 from sdkit.train.demonstrations import check_demonstrations, count_demonstrated
 from sdkit.train.rollout_filters import filter_rollouts
@@ -167,6 +168,26 @@ def test_loss_does_not_count_demonstrated_tokens(spec_of, open_tiny):
         loss, _ = trainer.learner.zero.forward(trainer.learner.student, micro_batch, None, None, trainer.specs.losses)
         losses += loss.item()
     assert losses == pytest.approx(by_token + by_turn, rel=1e-4)
+
+
+def test_teacher_of_single_turns_scores_the_sampled_ones():
+    """Its feedback and hindsight are those of the same turn, and the demonstration stands in its history."""
+    spans = (
+        Span(role="demonstration", turn=1, start=0, end=2),
+        Span(role="user", turn=1, start=2, end=5, body=(3, 4)),
+        Span(role="assistant", turn=2, start=5, end=6),
+        Span(role="user", turn=2, start=6, end=9, body=(7, 8)),
+        Span(role="assistant", turn=3, start=9, end=10),
+    )
+    made = Completion(
+        ids=tuple(range(10)), logprobs=None, finished=True, spans=spans, turn_feedback=("one", "two", "three")
+    )
+    outcomes = turn_outcomes(made, lambda ids: str(list(ids)))
+    assert [span for span, _ in outcomes] == [spans[2], spans[4]]
+    assert [turn.feedback for _, turn in outcomes] == ["two", "three"]
+    assert [turn.history for _, turn in outcomes] == [tuple(range(5)), tuple(range(9))]
+    assert [turn.last_user for _, turn in outcomes] == [(3, 4), (7, 8)]
+    assert outcomes[0][1].later == [[("user", "[7]")], []]
 
 
 def test_metrics_count_what_was_sampled(spec_of, process_group, tmp_path):
@@ -440,6 +461,8 @@ def test_logged_tool_calls_call_the_tools(shop, tiny_tokenizer, make_row, proces
     (asked,) = backend.asked
     assert asked.prompt_ids == (*request.prompt_ids, *made.ids[: made.spans[-1].start])
     if template:  # the tokens are those that the chat template writes
+        whole = CompletionEncoder(prompter, end).encode(row, "game")
+        assert [whole.ids[s.start : s.end] for s in whole.spans if s.sampled][:2] == demonstrated
         written = [message for message in turns[:3] if message["role"] == "assistant"]
         chats = [prompter.chat(row, [*row.messages, message], generation_prompt=False) for message in written]
         before = prompter.chat(row, row.messages)

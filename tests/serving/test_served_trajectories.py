@@ -175,17 +175,33 @@ def test_trajectories_are_sampled_ahead_by_one_version(ahead, tmp_path, monkeypa
     wait_until(lambda: not any(map(alive, pids)))
 
 
-def test_trajectories_ahead_start_with_the_demonstration_of_their_weights(ahead, tmp_path):
+def demonstrating(spec, turns_left):
+    """The run with demonstrations of four turns, of which so many are left to the student."""
     chat = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "No."}] * 4
-    rows = tuple(Table({**row, "game": chat}) for row in ahead.data.source.rows)
-    data = evolve(
-        ahead.data,
-        source=evolve(ahead.data.source, rows=rows),
-        columns=Table({**ahead.data.columns, "game": ChatTurns(turns="game")}),
-    )
-    later = Schedule(start=1.0, to=5.0, steps=4)
-    sampler = StudentSamples(starts_with=StartsWith(column="game", turns_left=later))
-    spec = evolve(ahead, data=data, rollout=evolve(ahead.rollout, sampled_by=sampler))
+    rows = tuple(Table({**row, "game": chat}) for row in spec.data.source.rows)
+    columns = Table({**spec.data.columns, "game": ChatTurns(turns="game")})
+    data = evolve(spec.data, source=evolve(spec.data.source, rows=rows), columns=columns)
+    sampler = StudentSamples(starts_with=StartsWith(column="game", turns_left=turns_left))
+    return evolve(spec, data=data, rollout=evolve(spec.rollout, sampled_by=sampler))
+
+
+def test_trajectory_stays_on_the_server_of_its_first_sampled_turn(serve, tiny_folder, tmp_path, open_tiny):
+    servers = serve(2)
+    trainer = open_tiny(demonstrating(served_by(servers, tmp_path, tiny_folder, **PARTS), 3.0))
+    for step in range(2):
+        for server in servers:
+            server.requests.clear()
+        batch = collect(trainer, step).batch
+        assert {r.spans[0].role for r in batch} == {"demonstration"}
+        prompts = [{prompt for prompt, _ in turns(server)} for server in servers]
+        for group in zip(*[iter(expected_prompts(batch))] * 2, strict=True):
+            assert sum(bool(set.union(*group) & of_server) for of_server in prompts) == 1
+        assert any(len(own) > 1 for own in expected_prompts(batch))
+        assert len(trainer.sampler.backends.pool._sampled_by) == len(batch)
+
+
+def test_trajectories_ahead_start_with_the_demonstration_of_their_weights(ahead, tmp_path):
+    spec = demonstrating(ahead, Schedule(start=1.0, to=5.0, steps=4))
     run = train(evolve(spec, environment=evolve(spec.environment, max_turns=6)), tmp_path / "run")
     assert versions(run) == [{0}, {0}, {1}, {2}]
     demonstrated = []

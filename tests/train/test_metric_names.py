@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 from attrs import evolve
-from tinyruns import distil, lines, make_spec, rollout, teacher, train, training, with_evaluation
+from tinyruns import COLUMNS, distil, lines, make_spec, rollout, rows, teacher, train, training, with_evaluation
 
 from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC, METRICS, SINGLE, metric_named
 from sdkit.language.specs import (
+    ChatTurns,
     ClipSpec,
     CrossEntropy,
+    DataSpec,
     DivergenceClip,
     EmaWeights,
     GroupRelative,
     ImportanceSpec,
+    InlineSource,
     InstructionSuite,
     MixtureSamples,
     NextTurns,
@@ -29,6 +32,8 @@ from sdkit.language.specs import (
     RouteSpec,
     SamplerRatio,
     Schedule,
+    StartsWith,
+    StudentSamples,
     SuccessfulSibling,
     Table,
     TopKSupport,
@@ -43,7 +48,10 @@ OF_GPUS = {"memory/device_allocated_gib", "memory/device_reserved_gib", "time/mf
 
 @pytest.fixture(scope="module")
 def routed(tiny_folder):
-    """A spec with a route, filters, slots, schedules, rewards, suites, an environment, a panel and a teacher lift."""
+    """A spec with a route, filters, slots, schedules, rewards, suites, an environment, demonstrated turns, a panel and a lift."""
+    game = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}] * 2
+    source = InlineSource(rows=tuple(Table({**row, "game": game}) for row in rows()))
+    columns = Table({**COLUMNS, "game": ChatTurns(turns="game")})
     slots = Table({"sibling": SuccessfulSibling(threshold=0.0), "next": NextTurns()})
     sees = UserTurn(template="{prompt} {sibling} {next}", slots=slots, requires="any")
     moving = Schedule(start=0.1, to=0.2, steps=2)
@@ -52,7 +60,12 @@ def routed(tiny_folder):
             tiny_folder,
             teacher=teacher(EmaWeights(update_rate=moving), sees),
             losses=Table(dict(distil(coefficient=moving)) | {"imitate": CrossEntropy()}),
-            rollout=rollout(completions_per_prompt=2, keep=(NonEmpty(),)),
+            data=DataSpec(source=source, columns=columns),
+            rollout=rollout(
+                completions_per_prompt=2,
+                keep=(NonEmpty(),),
+                sampled_by=StudentSamples(starts_with=StartsWith(column="game", turns_left=1.0)),
+            ),
             route=RouteSpec(when="failed", then=("imitate",), otherwise=("distil",)),
         ),
         panel=(InstructionSuite(size=2, max_new_tokens=2),),

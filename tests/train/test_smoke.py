@@ -54,6 +54,12 @@ FROM_ZERO = {"from": 0, "to": 1, "steps": 100}
 TO_ZERO = {"from": 1, "to": 0, "steps": 1}
 EXTERNAL = {"kind": "external", "path": "./name-it-in-the-run-file"}
 GOOD = {
+    "demonstrated turns above keep": {
+        "rollout": rollout_with(
+            2, keep=keep_at_least(0.5), sampled_by={"kind": "student", "starts_with": {"turns_left": FROM_ZERO}}
+        ),
+        "teacher": teacher_with(),
+    },
     **{f"route at {at:g}": {"rollout": rollout_with(), **routed_parts(at)} for at in (-2.5, 0.0, 0.5, 1, 7.5)},
     "route above keep": {"rollout": rollout_with(2, keep=keep_at_least(0.2)), **routed_parts(0.7)},
     "route above two keeps": {"rollout": rollout_with(1, keep=keep_at_least(-1, 3)), **routed_parts(3.5)},

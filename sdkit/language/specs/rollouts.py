@@ -218,7 +218,7 @@ class RolloutSpec:
         return self.sampled_by.starts_with if isinstance(self.sampled_by, StudentSamples) else None
 
     @property
-    def column(self) -> str | None:
+    def data_column(self) -> str | None:
         """The column with completions, or with the turns that trajectories start with; None if there is neither."""
         return self.starts_with.column if self.starts_with else self.sampled_by.completion_column
 
