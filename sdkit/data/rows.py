@@ -23,25 +23,18 @@ from sdkit.data.columns import ParsedColumn, chat_of, in_column, is_in, parse_co
 from sdkit.data.sources import Raw, RawRows, read_source, source_name
 from sdkit.language.errors import BadData, first_of, listed, nearest
 from sdkit.language.row_text import Fault, is_empty, text_of
-from sdkit.language.specs import Column, DataSpec, Table
+from sdkit.language.specs import Column, DataSpec
 from sdkit.seeds import derive
 
 
-def load_rows(
-    data: DataSpec,
-    base: Path,
-    fallback_columns: Table[Column] | None = None,
-    needed: Collection[str] = (),
-    texts: Collection[str] = (),
-) -> list[Row]:
+def load_rows(data: DataSpec, base: Path, needed: Collection[str] = (), texts: Collection[str] = ()) -> list[Row]:
     """Returns the rows of a source, with their columns under sdkit's names and their prompts as chat.
 
-    `base` is the folder that relative paths start from; `fallback_columns` are used if the data name no columns.
-    Columns in `needed` must not be empty; those in `texts` must be text or empty.  A column template with a null field
-    gives null.  Raises BadData that lists the faults of all rows, and BadEnvironment if a package or the hub is
+    `base` is the folder that relative paths start from.  Columns in `needed` must not be empty; those in `texts` must be text
+    or empty.  A column template with a null field gives null.  Raises BadData that lists the faults of all rows, and BadEnvironment if a package or the hub is
     unavailable.
     """
-    columns = data.columns if data.columns is not None else fallback_columns
+    columns = data.columns
     if columns is None or "prompt" not in columns:
         raise BadData("the data have no column for 'prompt'", hint="write columns: {prompt: …}")
     for name in needed:

@@ -1,4 +1,4 @@
-"""Reads raw rows, with their locations, from files, data sets and reasoning-gym.  Knows nothing of columns or prompts.
+"""Reads raw rows, with their locations, from files, data sets, reasoning-gym and verifiers.  Knows nothing of columns or prompts.
 
 A line of a JSON Lines or CSV file is named `file:line`, counted from 1; a row of any other source by its index, from 0.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdkit.data.saved_datasets import first_saved, read_saved
+from sdkit.data.tasksets import read_tasks
 from sdkit.language import specs
 from sdkit.language.errors import BadData, BadEnvironment, counted, did_you_mean, first_line, listed, shorten
 from sdkit.language.files import UnreadableFile, irregular_kind, needs_package, read_start
@@ -38,6 +39,8 @@ def source_name(source: specs.Source) -> str:
     match source:
         case specs.ReasoningGymSource():
             return f"reasoning-gym's {source.task}"
+        case specs.VerifiersSource():
+            return f"verifiers' {source.id}"
         case specs.InlineSource():
             return "data.source.rows"
         case _:
@@ -66,6 +69,8 @@ def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
             rows = _with_library(lambda: _take(read_saved(source, base), limit), name)
         case specs.ReasoningGymSource():
             rows = _reasoning_gym(source, limit)
+        case specs.VerifiersSource():
+            rows = map(_json_line, read_tasks(source, base, limit))
         case specs.InlineSource():
             rows = source.rows
         case _:
@@ -111,7 +116,7 @@ def _count(source: specs.Source, base: Path, name: str) -> int | None:
             return len(source.rows)
         case specs.ReasoningGymSource():
             return source.size
-        case specs.HubSource() | specs.DiskSource():
+        case specs.HubSource() | specs.DiskSource() | specs.VerifiersSource():
             return None
         case specs.ParquetSource():
             path = base / source.path

@@ -108,17 +108,21 @@ class Host:
     _lock: threading.Lock = field(factory=threading.Lock, init=False)  # the server answers one thread at a time
 
     def start(self) -> None:
-        """Start the server.  Raises BadData if the user's file cannot be loaded."""
+        """Start the server.  Raises BadData if the user's file cannot be loaded, or the interpreter not run."""
         ours, theirs = socket.socketpair()
         folder = Path(__file__).parents[2] if self.ours else self.path.parent
         words = [str(self.path), json.dumps(self.code), json.dumps([str(folder)])]
-        self._server = subprocess.Popen(
-            [self.python, "-P", worker.__file__, *words],
-            stdin=theirs.fileno(),
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
+        try:
+            self._server = subprocess.Popen(
+                [self.python, "-P", worker.__file__, *words],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BadData(f"cannot run {self.python}: {error.strerror}") from error
+        finally:
+            theirs.close()
         ours.settimeout(self.start_seconds)
         self._channel = ours
         answer = self._answer_of_server()

@@ -1,4 +1,4 @@
-"""Environments of other packages and servers: each trajectory is an episode, whose observations and actions are text."""
+"""Episodes of other packages and servers, one for each trajectory; gymnasium and OpenEnv, whose actions are written as text."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from attrs import evolve
 
 from sdkit.batches import Row
 from sdkit.environments.file import STOP_HINT, UserEnvironment
-from sdkit.environments.host import EnvironmentFault, Fault, Host, Process, finite
+from sdkit.environments.host import START_SECONDS, EnvironmentFault, Fault, Host, Process, finite
 from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.rules.served import is_loopback
-from sdkit.language.specs import GymnasiumEnvironment, OpenEnvEnvironment, SteppedEnvironment, VerifiersEnvironment
+from sdkit.language.specs import EpisodeEnvironment, GymnasiumEnvironment, OpenEnvEnvironment, SteppedEnvironment
 from sdkit.rewards.answers import extract
-
-Hosted = GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
-VERIFIERS_SECONDS = 300.0
-"""How long importing verifiers and loading a taskset may take."""
 
 
 class Episodes(UserEnvironment):
     """Runs an episode for each trajectory in a process of its own.
 
-    Raises BadEnvironment without the package, BadData if the environment cannot be made or reached, and with
-    `on_error: stop_run` EnvironmentFault if a call fails or is late.
+    `name` is what messages call the environment, `arguments` are those of its class `Episode`.  Raises BadData if the
+    environment cannot be made or reached, and with `on_error: stop_run` EnvironmentFault if a call fails or is late.
     """
 
-    def __init__(self, spec: Hosted, base: Path) -> None:
+    def __init__(
+        self,
+        spec: EpisodeEnvironment,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        python: str = sys.executable,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
         self.max_turns = spec.max_turns
-        self._episodes = spec
-        self._name, arguments = _arguments(spec, base)
+        self._name, self._on_error = name, spec.on_error
         program = Path(__file__).with_name(f"{spec.kind}_episode.py")
         code = {"class": "Episode", "arguments": arguments}
-        self._host = Host(self._name, program, code, spec.call_seconds, ours=True)
-        if isinstance(spec, VerifiersEnvironment):
-            self._host.start_seconds = VERIFIERS_SECONDS
-            self._host.python = str(base / spec.python) if spec.python else sys.executable
+        self._host = Host(
+            name, program, code, spec.call_seconds, ours=True, python=python, start_seconds=start_seconds
+        )
         self._host.start()
 
     def _opened(self, process: Process, value: Any) -> Opened:
@@ -57,22 +59,26 @@ class Episodes(UserEnvironment):
         shown = () if text is None else (Message(role="user", content=text),)
         return Reply(messages=shown, reward=reward)
 
-    def _text(self, turn: Turn) -> str | None:
-        return (
-            extract(self._episodes.extract, turn.text) if isinstance(self._episodes, SteppedEnvironment) else turn.text
-        )
-
-    def _of_reset(self, row: Row, seed: int) -> Mapping[str, Any]:
-        spec = self._episodes
-        if isinstance(spec, VerifiersEnvironment):
-            return {"task": number_in(row, spec.task_column)}
-        options = {name: row.columns.get(name) for name in spec.columns}
-        return {"seed": seed if spec.seed_column is None else number_in(row, spec.seed_column), "options": options}
-
     def _fault(self, name: str, fault: Fault) -> Fault:
-        if self._episodes.on_error == "stop_run":
+        if self._on_error == "stop_run":
             raise EnvironmentFault(f"{self._name}: {name}: {fault.message}", call=name, fault=fault, hint=STOP_HINT)
         return fault
+
+
+class SteppedEpisodes(Episodes):
+    """Steps an environment by the actions in the turns.  Raises as `Episodes` does, and BadEnvironment without the package."""
+
+    def __init__(self, spec: GymnasiumEnvironment | OpenEnvEnvironment, base: Path) -> None:
+        self._stepped = spec
+        super().__init__(spec, *_arguments(spec, base))
+
+    def _text(self, turn: Turn) -> str | None:
+        return extract(self._stepped.extract, turn.text)
+
+    def _of_reset(self, row: Row, seed: int) -> Mapping[str, Any]:
+        spec = self._stepped
+        options = {name: row.columns.get(name) for name in spec.columns}
+        return {"seed": seed if spec.seed_column is None else number_in(row, spec.seed_column), "options": options}
 
 
 def number_in(row: Row, column: str) -> int:
@@ -83,13 +89,9 @@ def number_in(row: Row, column: str) -> int:
     return int(text)
 
 
-def _arguments(spec: Hosted, base: Path) -> tuple[str, dict[str, Any]]:
+def _arguments(spec: GymnasiumEnvironment | OpenEnvEnvironment, base: Path) -> tuple[str, dict[str, Any]]:
     """Returns what messages call the environment, and its class's own arguments.  Raises BadEnvironment."""
     match spec:
-        case VerifiersEnvironment():
-            if spec.python is None:
-                _need("verifiers", "verifiers")
-            return f"verifiers {spec.id}", {"id": spec.id, "config": dict(spec.config), "tasks": spec.tasks}
         case GymnasiumEnvironment():
             _need("gymnasium", "gymnasium")
             own = _texts(spec) | {

@@ -1,7 +1,8 @@
 """One episode of a verifiers environment as a class with `reset` and `reply`; runs in the process of a trajectory.
 
 The environment's own control flow plays the episode, with a harness that asks the student instead of a model's server.  Only
-text goes through.  Imports nothing of sdkit: verifiers may be installed for another interpreter.
+text goes through.  Imports nothing of sdkit: verifiers may be installed for another interpreter.  It shares
+`sdkit/data/verifiers_tasks.py`, loaded by its path, with the program that lists the tasks.
 """
 
 # pyright: reportMissingImports=false
@@ -9,18 +10,31 @@ text goes through.  Imports nothing of sdkit: verifiers may be installed for ano
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
+import importlib.util
 import itertools
+from pathlib import Path
 from typing import Any
 
 import verifiers.v1 as vf
 from verifiers.v1 import graph
 from verifiers.v1.configs.agent import agent_config_fields
 from verifiers.v1.runtimes import ProgramResult
-from verifiers.v1.types import AssistantMessage, Message, Response, SamplingConfig, SystemMessage, UserMessage
+from verifiers.v1.types import AssistantMessage, Message, Response, SamplingConfig
 from verifiers.v1.utils.loaders import env_config_type, load_environment, resolve_env_config
 
-VERSION = "0.4."
+
+def _beside(name: str) -> Any:
+    """Return a module of `sdkit/data`, which may not be imported as part of sdkit here."""
+    path = Path(__file__).parents[1] / "data" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tasks_of = _beside("verifiers_tasks")
 DONE = ProgramResult(exit_code=0, stdout="", stderr="")
 
 
@@ -42,10 +56,7 @@ class Student(vf.Harness[vf.HarnessConfig]):
         """Commit the student's answer to the conversation; a segment without one ends the exchange."""
         if mcp_urls:
             raise NotImplementedError(f"task {data.idx} has tools, which the student cannot call yet")
-        system, prompt = self.resolve_prompt(data)
-        messages: list[Message] = [UserMessage(content=prompt)] if isinstance(prompt, str) else list(prompt or [])
-        if system:
-            messages.insert(0, SystemMessage(content=system))
+        messages = tasks_of.opening_messages(data)
         turn = graph.prepare_turn(trace, messages)
         text = await self._episode.ask(messages)
         if text is not None:
@@ -59,13 +70,12 @@ class Episode:
 
     _environment: Any = None
     _tasks: list[Any] = []
+    _by_key: dict[str, Any] = {}
 
     @classmethod
-    def _prepare(cls, id: str, config: dict[str, Any], tasks: int) -> None:
+    def _prepare(cls, id: str, config: dict[str, Any], tasks: int | None) -> None:
         """Load the environment and as many tasks as rows name.  Raises ValueError if it cannot be played."""
-        version = importlib.metadata.version("verifiers")
-        if not version.startswith(VERSION):
-            raise ValueError(f"verifiers is {version}; {VERSION}x is needed")
+        tasks_of.check_version()
         roles = agent_config_fields(env_config_type(id)())
         if len(roles) != 1:
             raise ValueError(f"the environment has the agents {', '.join(roles)}; only one can be the student")
@@ -73,17 +83,20 @@ class Episode:
         settings = {"taskset": {"id": id, **config}, **dict.fromkeys(roles, role)}
         cls._environment = load_environment(resolve_env_config(settings))
         cls._tasks = list(itertools.islice(cls._environment.taskset, tasks))
+        cls._by_key = {tasks_of.key_of(task): task for task in cls._tasks}
 
-    def __init__(self, id: str, config: dict[str, Any], tasks: int) -> None:
+    def __init__(self, id: str, config: dict[str, Any], tasks: int | None) -> None:
         self._loop = asyncio.new_event_loop()
         self._asked: asyncio.Future[list[Message]] = self._loop.create_future()
         self._answer: asyncio.Future[str | None] = self._loop.create_future()
         self._episode: Any = None
 
-    def reset(self, task: int) -> str:
-        """Begin a task; returns what the student is shown before its first turn.  Raises IndexError if there is none."""
-        if task >= len(self._tasks):
-            raise IndexError(f"task {task} of {len(self._tasks)}")
+    def reset(self, task: int | str, shows_prompt: bool) -> str:
+        """Begin a task, by its number or key; returns what the student is shown before its first turn.
+
+        `shows_prompt`: the row shows the task's prompt.  Raises LookupError if there is no such task.
+        """
+        begun = self._task(task)
         setup = self._environment.setup
 
         async def with_student(agents: Any) -> None:
@@ -92,8 +105,14 @@ class Episode:
                 agent.harness = Student(self)
 
         self._environment.setup = with_student
-        self._running = self._loop.create_task(self._play(self._tasks[task]))
-        return "\n\n".join(map(_text, self._wait() or []))
+        self._running = self._loop.create_task(self._play(begun))
+        messages = self._wait() or []
+        if shows_prompt:
+            own = tasks_of.opening_messages(begun.data)
+            if messages[: len(own)] != own:
+                raise ValueError("the environment begins the task with another prompt than the task's own")
+            messages = messages[len(own) :]
+        return "\n\n".join(map(_text, messages))
 
     def reply(self, text: str) -> str | None:
         """Return the next user turn, or None at the end of the episode."""
@@ -111,6 +130,15 @@ class Episode:
         """Return the student's answer; None: it gives no more."""
         self._asked.set_result(messages)
         return await self._answer
+
+    def _task(self, task: int | str) -> Any:
+        if isinstance(task, str):
+            if task not in self._by_key:
+                raise LookupError("the taskset no longer has the task of the row: it loads other tasks each time")
+            return self._by_key[task]
+        if task >= len(self._tasks):
+            raise LookupError(f"task {task} of {len(self._tasks)}")
+        return self._tasks[task]
 
     def _tell(self, text: str | None) -> list[Message] | None:
         answer, self._answer = self._answer, self._loop.create_future()

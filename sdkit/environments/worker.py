@@ -41,8 +41,6 @@ def main(path: str, code: dict[str, Any], folders: list[str]) -> None:
     os.dup2(2, 1)  # what the user's code prints
     try:
         make, tools = _made_of(_load(path, folders), code)
-        if prepare := getattr(getattr(make, "func", None), "_prepare", None):  # of sdkit's own classes
-            prepare(**code["arguments"])
         schemas = _schemas(tools)
     except BaseException as error:
         channel.sendall(_line(_failure(error, path)))

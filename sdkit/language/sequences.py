@@ -22,6 +22,7 @@ from sdkit.language.resolved import resolved
 from sdkit.language.rules.rollouts import reward_users
 from sdkit.language.source import Node, read
 from sdkit.language.structure import structure_as
+from sdkit.language.tasksets import data_in_full
 
 
 @frozen(eq=False, kw_only=True)
@@ -227,10 +228,10 @@ def _meaning(checked: CheckedSpec, name: str) -> Any:
     """What a suite measures: its rows, scores and decoding."""
     spec = _spec(checked)
     suite = spec.suites[name]
-    data = evolve(suite.data, columns=suite.data.columns or spec.data.columns)
+    data = data_in_full(spec, suite.data)
     limit = suite.max_new_tokens or spec.rollout.max_new_tokens
     rewards = [_reward(checked, reward) for reward in (suite.score, *suite.also)]
-    folder = checked.loaded.folder if isinstance(data.source, specs.FileSource) else None
+    folder = checked.loaded.folder if isinstance(data.source, specs.FileSource | specs.VerifiersSource) else None
     suite = evolve(suite, data=data, max_new_tokens=limit, loss_prompts=0, same_prompts="drop")
     return resolved(suite), rewards, folder and os.path.realpath(folder)
 

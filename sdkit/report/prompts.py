@@ -10,6 +10,7 @@ from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
 from sdkit.language.errors import SdkitError
 from sdkit.language.specs import ExperimentSpec, OfRollouts, Suite
+from sdkit.language.tasksets import data_in_full
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.report.records import RunRecord
 from sdkit.train.prompt_record import template_date
@@ -60,6 +61,6 @@ def _of_suite(
     record: RunRecord, spec: ExperimentSpec, suite: Suite, prompter: Prompter
 ) -> Iterator[tuple[PromptKey, str]]:
     assert spec.teacher is not None
-    for row in load_rows(suite.data, record.base, spec.data.columns):
+    for row in load_rows(data_in_full(spec, suite.data), record.base):
         if prompt := prompter.teacher_ids(row, spec.teacher.sees):
             yield (row.index, row.prompt_text), prompter.tokenizer.decode(prompt.ids)

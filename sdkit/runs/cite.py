@@ -25,7 +25,9 @@ from sdkit.language.specs import (
     InlineSource,
     LocalFile,
     ReasoningGymSource,
+    VerifiersSource,
 )
+from sdkit.language.tasksets import data_in_full
 from sdkit.plan.plan import plan_method
 from sdkit.runs import latex
 from sdkit.runs.bibliography import Paper, papers_in, software_bibtex
@@ -186,9 +188,9 @@ def _optimization(spec: ExperimentSpec) -> str:
 
 
 def _data(spec: ExperimentSpec) -> str:
-    suites = [f"{name} ({_source(suite.data or spec.data)})" for name, suite in spec.suites.items()]
+    suites = [f"{name} ({_source(data_in_full(spec, suite.data))})" for name, suite in spec.suites.items()]
     held_out = f", and evaluated on {' and '.join(suites)}" if suites else ""
-    return f"We trained on {_source(spec.data)}{held_out}."
+    return f"We trained on {_source(data_in_full(spec, spec.data))}{held_out}."
 
 
 def _source(data: DataSpec) -> str:
@@ -199,6 +201,9 @@ def _source(data: DataSpec) -> str:
             name = f"{source.path} ({parts})"
         case ReasoningGymSource():
             name = f"{source.size} generated rows of reasoning-gym's task {source.task}"
+        case VerifiersSource():
+            settings = ", ".join(f"{key}: {value}" for key, value in source.config.items())
+            name = f"the verifiers taskset {source.id}{settings and f' ({settings})'}"
         case InlineSource():
             name = counted(len(source.rows), "row") + " written for the run"
         case LocalFile() | DiskSource():

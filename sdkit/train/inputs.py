@@ -22,6 +22,7 @@ from sdkit.environments.tool_prompts import ObservationEncoders, open_encoders
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.language.panel import panel_suites
+from sdkit.language.tasksets import data_in_full
 from sdkit.language.user_tools import opens_prompts
 from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
@@ -136,7 +137,7 @@ class RunData:
         ):
             prompter.now = now
 
-    def open_environments(self, base: Path) -> dict[str | None, Environment]:
+    def open_environments(self, base: Path) -> Mapping[str | None, Environment]:
         """The environment of the training rows (None) and of each suite of the task, which asks its rewards as they are.
 
         Empty if the spec has none.
@@ -146,7 +147,9 @@ class RunData:
             return {}
         with blaming("environment"):
             rewards = {None: self.train_rewards, **{name: self.rewards[name] for name in self.spec.suites}}
-            return open_environments(spec, rewards, self.reward, base)
+            data = {None: self.spec.data, **{name: suite.data for name, suite in self.spec.suites.items()}}
+            data = {name: data_in_full(self.spec, each) for name, each in data.items()}
+            return open_environments(spec, rewards, self.reward, base, data)
 
     def close(self) -> None:
         """End the processes of the environments."""
@@ -155,13 +158,14 @@ class RunData:
 
     def _load_suite(self, suite: specs.HeldOutPrompts, texts: set[str], base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
-        return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts), self.task_columns)
+        rows = load_rows(data_in_full(self.spec, suite.data), base, texts=texts)
+        return drop_duplicates(rows, self.task_columns)
 
     def _load_training_rows(self, base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite or in the panel, and the number of rows dropped."""
         needed, texts = columns.required_columns(self.spec), columns.text_columns(self.spec, None)
         with blaming("data"):
-            rows = load_rows(self.spec.data, base, needed=needed, texts=texts)
+            rows = load_rows(data_in_full(self.spec, self.spec.data), base, needed=needed, texts=texts)
         suites = {**self.spec.suites, **{name: part.suite for name, part in self.panel.items()}}
         held_out = [row for name, suite in suites.items() for row in self.suites[name] if suite.same_prompts == "drop"]
         kept, dropped = drop_overlap(rows, held_out, self.task_columns)
@@ -307,7 +311,7 @@ class RunData:
         with blaming("rollout", "sampled_by", "starts_with"):
             self._check_demonstrations(rows)
         self._check_routes(rows)
-        check_rows(self.spec.environment, rows)
+        check_rows(self.spec.environment, rows, data_in_full(self.spec, self.spec.data))
         check_routes(
             self.spec.environment, [*self.train, *(row for name in self.spec.suites for row in self.suites[name])]
         )
@@ -319,7 +323,7 @@ class RunData:
             check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
             self._check_routes(self.suites[name][: suite.loss_prompts])
             with blaming("evaluation", "suites", name, "data"):
-                check_rows(self.spec.environment, self.suites[name])
+                check_rows(self.spec.environment, self.suites[name], data_in_full(self.spec, suite.data))
             longest_completion = max(longest_completion, self.spec.longest_completion(suite.max_new_tokens))
         self.longest_prompt = longest
         limits = (part.suite.max_new_tokens or 0 for part in self.panel.values())

@@ -25,6 +25,7 @@ from sdkit.language.errors import counted
 from sdkit.language.row_text import Turns, message_text
 from sdkit.language.schedules import at_step
 from sdkit.language.specs import ExperimentSpec, OfRollouts, StartsWith
+from sdkit.language.tasksets import data_in_full
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.spans import ASSISTANT, OBSERVATION, Message, Span
 from sdkit.train.demonstrations import count_demonstrated
@@ -40,7 +41,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     tokenizer = load_tokenizer(spec.model, resolve_model(spec.model.path, base))
     keep_text = spec.model.control_tokens == "text"
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_kwargs), keep_text=keep_text)
-    show_prompts(spec, prompter, load_rows(spec.data, base)[:count], console)
+    show_prompts(spec, prompter, load_rows(data_in_full(spec, spec.data), base)[:count], console)
 
 
 def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], console: Console) -> None:

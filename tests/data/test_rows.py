@@ -10,6 +10,7 @@ from decimal import Decimal
 import numpy as np
 import pyarrow as pa
 import pytest
+from tinyruns import make_spec
 
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.language.errors import BadData, BadEnvironment
@@ -25,6 +26,7 @@ from sdkit.language.specs import (
     ReasoningGymSource,
     Table,
 )
+from sdkit.language.tasksets import data_in_full
 
 PAIRS = [{"q": f"What is {i}?", "a": str(i), "m": {"n": i}} for i in range(4)]
 
@@ -200,7 +202,8 @@ def test_column_that_no_row_has_is_reported_once():
 
 def test_columns_default_to_those_of_the_training_data():
     data = DataSpec(source=InlineSource(rows=(Table({"q": "a"}),)))
-    assert load_rows(data, "/", Table({"prompt": "q"}))[0].prompt_text == "a"
+    run = make_spec("/", data=inline({"q": "b"}, prompt="q"))
+    assert load_rows(data_in_full(run, data), "/")[0].prompt_text == "a"
     assert "'prompt'" in load_error(data).message
     assert "'prompt'" in load_error(inline({"q": "a"}, answer="q")).message
 

@@ -1,7 +1,6 @@
-"""Environments of gymnasium, OpenEnv servers and verifiers, and environments by row."""
+"""Environments of gymnasium and OpenEnv servers, and environments by row."""
 
 import json
-import os
 
 import pytest
 from attrs import evolve
@@ -23,7 +22,6 @@ from sdkit.language.specs import (
     RetryEnvironment,
     RoutedEnvironment,
     Table,
-    VerifiersEnvironment,
 )
 
 COUNTER = """
@@ -213,64 +211,6 @@ def test_openenv_error_stops_the_run_if_it_should(served):
     environment, server = served(on_error="stop_run")
     with pytest.raises(BadData, match=rf"openenv {server.url}: reply: .* EXECUTION_ERROR: exploded"):
         play(environment, [row()], ["boom"])
-
-
-TASKSET = """
-import verifiers.v1 as vf
-
-__all__ = ["GuessTaskset", "GuessEnv"]
-
-
-class Data(vf.TaskData):
-    secret: int
-
-
-class GuessTask(vf.Task[Data, vf.State, vf.TaskConfig]):
-    @vf.reward(weight=1.0)
-    async def right(self, trace: vf.Trace) -> float:
-        answers = [node.message.content for node in trace.nodes if node.message.role == "assistant"]
-        return float(answers[-1] == str(self.data.secret))
-
-
-class Config(vf.TasksetConfig):
-    size: int = 5
-
-
-class GuessTaskset(vf.Taskset[GuessTask, Config]):
-    def load(self):
-        for i in range(self.config.size):
-            yield GuessTask(Data(prompt=f"Guess {i}.", secret=i), self.config.task)
-
-
-class GuessConfig(vf.EnvConfig):
-    player: vf.AgentConfig = vf.AgentConfig()
-
-
-class GuessEnv(vf.Env[GuessConfig]):
-    async def run(self, task, agents):
-        async with agents.player.interaction(task) as talk:
-            segment = await talk.turn()
-            while not segment.terminated and segment.last_reply != str(task.data.secret):
-                segment = await talk.turn("Wrong.")
-"""
-
-
-def test_verifiers_environment_plays_its_tasks(tmp_path, monkeypatch):
-    pytest.importorskip("verifiers")
-    (tmp_path / "guess_tasks.py").write_text(TASKSET)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    spec = VerifiersEnvironment(id="guess_tasks", config=Table({"size": 3}), call_seconds=60)
-    environment = open_environments(spec, {None: {}}, None, tmp_path)[None]
-    shown, rewards = play(
-        environment, [row(0, task="1"), row(1, task="2"), row(2, task="3")], ["0", "0", "0"], ["1", "1", "1"]
-    )
-    assert shown[:2] == [
-        [("Guess 1.", None), ("Wrong.", None), (None, None)],
-        [("Guess 2.", None), ("Wrong.", None), ("Wrong.", None)],
-    ]
-    assert shown[2][0] == (None, "verifiers guess_tasks: IndexError: task 3 of 3")
-    assert rewards == [1.0, 0.0, None]
-    environment.close()
 
 
 ROUTED = RoutedEnvironment(

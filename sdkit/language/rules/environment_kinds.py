@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 
 from sdkit.language import specs
-from sdkit.language.errors import Path, did_you_mean, outside, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, at_user_file, columns_of, run_rule
+from sdkit.language.errors import Path, did_you_mean, listed, outside, shorten, spelled
+from sdkit.language.rules.base import Context, Finding, at_user_file, columns_of, data_of, run_rule
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.rules.served import address_faults
+from sdkit.language.tasksets import players
 from sdkit.language.templates import TemplateError, fields, parse
 from sdkit.language.user_functions import file_fault_of
 
@@ -52,7 +53,7 @@ def environment_column(spec: specs.ExperimentSpec, context: Context) -> Iterator
             yield from _unmapped(spec, where, name)
 
 
-@run_rule("a verifiers environment has the numbers of its tasks, and an interpreter")
+@run_rule("a verifiers environment has the keys or numbers of its tasks, and an interpreter")
 def environment_task(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The column gives each row's task; `python` is a file that can be run."""
     for path, environment in specs.environments_of(spec.environment, specs.VerifiersEnvironment):
@@ -60,6 +61,46 @@ def environment_task(spec: specs.ExperimentSpec, context: Context) -> Iterator[F
         if environment.python and not os.access(context.file(environment.python), os.X_OK):
             where = (*path, "python")
             yield where, f"{environment.python} cannot be run", context.start_of(where, environment.python)
+
+
+@run_rule("rows that are tasks are those that the environment plays")
+def data_taskset(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A source of kind verifiers and the environment name one taskset.  What both state agrees; what the source leaves out is
+    the environment's.
+    """
+    known = [environment.id for _, environment in specs.environments_of(spec.environment, specs.VerifiersEnvironment)]
+    for data_path, data in data_of(spec):
+        source, path = data.source, (*data_path, "source")
+        if not isinstance(source, specs.VerifiersSource):
+            continue
+        if source.python and not os.access(context.file(source.python), os.X_OK):
+            where = (*path, "python")
+            yield where, f"{source.python} cannot be run", context.start_of(where, source.python)
+        own = list(players(source, spec.environment))
+        if not known and source.id is None:
+            yield path, "the source names no taskset, and no environment of kind verifiers does", "add id: NAME"
+        elif known and not own:
+            hint = did_you_mean(source.id or "", known) or "leave id out"
+            yield (*path, "id"), f"id is {shorten(source.id)}, but the environment plays {listed(known)}", hint
+        elif len(own) > 1:
+            message = f"{listed(spelled(player) for player, _ in own)} may all play the tasks"
+            hint = None if source.id else "name the taskset: id"
+            yield path, message, hint
+        elif own:
+            yield from _disagreements(path, source, *own[0])
+
+
+def _disagreements(
+    path: Path, source: specs.VerifiersSource, at: Path, environment: specs.VerifiersEnvironment
+) -> Iterator[Finding]:
+    """Findings for what a source and its environment state differently."""
+    hint = "state it in one place"
+    if source.python and environment.python and source.python != environment.python:
+        yield (*path, "python"), f"python is {source.python}, but {spelled(at)}.python is {environment.python}", hint
+    for name, value in source.config.items():
+        if environment.config.get(name, value) != value:
+            theirs = f"{spelled(at)}.config.{name} is {shorten(environment.config[name])}"
+            yield (*path, "config", name), f"{name} is {shorten(value)}, but {theirs}", hint
 
 
 @run_rule("an environment's observations are templates of what it gives")

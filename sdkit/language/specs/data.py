@@ -83,6 +83,31 @@ class ReasoningGymSource:
 
 
 @frozen(kw_only=True)
+class VerifiersSource:
+    """The tasks of a taskset of the package verifiers (0.4).
+
+    A row has `prompt` (a chat, if the task has a system prompt), `key`, which tells tasks apart, and the fields of the task's
+    data, such as `answer`.  An environment of kind `verifiers` plays these tasks; what is left out here is taken from it.
+    """
+
+    kind: ClassVar[str] = "verifiers"
+    id: str | None = spec_field(
+        "name of an installed taskset (default: the one that the environment plays)", default=None, range=NAME
+    )
+    config: Table[str | bool | int | float] = spec_field(
+        "settings of the taskset besides those of the environment, such as its split",
+        default=Table(),
+        each=OPTION,
+        names=NAME,
+    )
+    python: str | None = spec_field(
+        "Python interpreter that has verifiers and the taskset, relative to the spec (default: the environment's, or sdkit's own)",
+        default=None,
+        path_to="file",
+    )
+
+
+@frozen(kw_only=True)
 class InlineSource:
     """Rows written in the spec itself."""
 
@@ -100,6 +125,7 @@ Source = (
     | HubSource
     | DiskSource
     | ReasoningGymSource
+    | VerifiersSource
     | InlineSource
 )
 

@@ -110,7 +110,8 @@ class OpenEnvEnvironment(SteppedEnvironment):
 class VerifiersEnvironment(EpisodeEnvironment):
     """An environment of the package verifiers (0.4), which plays a task of its taskset with the student.
 
-    The task's prompt is appended to the row's.  The environment must have one agent and no tools; methods that stop a trace
+    Its tasks may be the rows (`data.source: verifiers`).  Of other rows, a column has the number of the task, and the task's
+    prompt is appended to the row's.  The environment must have one agent and no tools; methods that stop a trace
     (`@stop`) are not asked.  The trace's reward is the reward of the trajectory; turns have none.
     """
 
@@ -119,8 +120,14 @@ class VerifiersEnvironment(EpisodeEnvironment):
     config: Table[str | bool | int | float] = spec_field(
         "settings of the taskset, by name", default=Table(), each=OPTION, names=NAME
     )
-    task_column: str = spec_field("column with the number of a row's task, from 0", default="task", range=NAME)
-    tasks: int = spec_field("tasks to load at most", default=1000, range=AT_LEAST_ONE)
+    task_column: str = spec_field(
+        "column with the key of a row's task, or in rows of another source its number, from 0",
+        default="task",
+        range=NAME,
+    )
+    tasks: int = spec_field(
+        "tasks to load at most, where the rows are of another source", default=1000, range=AT_LEAST_ONE
+    )
     python: str | None = spec_field(
         "Python interpreter that has verifiers and the taskset, relative to the spec (default: sdkit's own)",
         default=None,
