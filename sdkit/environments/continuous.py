@@ -1,10 +1,11 @@
-"""Samples trajectories each at its own pace: while the environment answers one, the engine goes on with the others.
+"""Samples trajectories each at its own pace: while the environment answers one, the others are sampled.
 
 The tokens are those of sampling in lockstep, because the seed of a turn depends on the trajectory and the turn alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,6 +17,8 @@ from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.environments.interface import Reply
 from sdkit.environments.trajectories import Trajectory, TrajectorySampler
 from sdkit.processes import DaemonThreads
+from sdkit.serving.pool import SampleTurn
+from sdkit.serving.rollouts import LoadedServers
 from sdkit.stdout import Advance, no_progress
 
 
@@ -59,6 +62,42 @@ def sample_continuously(
     return sampler.end(trajectories)
 
 
+def sample_on_servers(
+    sampler: TrajectorySampler,
+    servers: LoadedServers,
+    requests: Sequence[SamplingRequest],
+    rows: Sequence[Row],
+    sampling: SamplingParams,
+    *,
+    threads: int,
+) -> list[Completion]:
+    """Return one trajectory per request, in order, as `sample_continuously` does, from rollout servers."""
+    trajectories = sampler.open(requests, rows, sampling, servers.advance)
+    begun = [trajectory for trajectory in trajectories if trajectory.ending is None]
+    pool = DaemonThreads(min(threads, len(trajectories)), "sdkit environment")
+
+    async def play(trajectory: Trajectory, sample: SampleTurn) -> None:
+        while trajectory.ending is None:
+            request = sampler.request(trajectory, sampling)
+            trajectory.add_turn(request, await sample(request))
+            reply = _asked(sampler, trajectory, pool)
+            trajectory.add_reply((await asyncio.wrap_future(reply))[0], sampler)
+        servers.advance(1)
+
+    first = [sampler.request(trajectory, sampling) for trajectory in begun]
+    try:
+        servers.play(first, sampling, [functools.partial(play, trajectory) for trajectory in begun])
+    finally:
+        pool.end(0.0)
+    return sampler.end(trajectories)
+
+
+def _asked(sampler: TrajectorySampler, trajectory: Trajectory, pool: DaemonThreads) -> Future[list[Reply]]:
+    """Ask the environment, in a thread, for its reply to the last turn."""
+    turn = trajectory.handle, sampler.turn(trajectory)
+    return pool.submit(functools.partial(sampler.environment.reply, [turn]))
+
+
 @define(eq=False)
 class _Turns:
     """The turns that the engine samples or the environment answers."""
@@ -84,9 +123,7 @@ class _Turns:
         for number, completion in self.backend.step() if self.sampled else ():
             trajectory, request = self.sampled.pop(number)
             trajectory.add_turn(request, completion)
-            turn = trajectory.handle, self.sampler.turn(trajectory)
-            reply = functools.partial(self.sampler.environment.reply, [turn])
-            self.answered[self.pool.submit(reply)] = trajectory
+            self.answered[_asked(self.sampler, trajectory, self.pool)] = trajectory
         # With nothing to sample, wait for a reply.
         done, _ = wait(self.answered, timeout=0 if self.sampled else None, return_when=FIRST_COMPLETED)
         ended = 0

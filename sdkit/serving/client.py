@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import httpx
 
@@ -29,6 +29,7 @@ STATUS_HINTS: Mapping[int, str] = {
     403: "name the environment variable that holds its key: key_from",
 }
 
+T = TypeVar("T")
 Body = Mapping[str, Any]
 
 
@@ -89,6 +90,7 @@ class Server:
             timeout=None,  # `_request_once` sets one for the whole request
             trust_env=remote,
         )
+        self._slots = asyncio.Semaphore(max_concurrent)
         self._shares_runner = runner is not None
         # One for all calls: connections belong to their event loop.
         self._runner = runner or asyncio.Runner()
@@ -124,23 +126,16 @@ class Server:
 
         `advance` receives 1 for each response.
         """
-        semaphore = asyncio.Semaphore(self.max_concurrent)
         retries = self.retries if retries is None else retries
         deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
 
         async def request(body: Body | None) -> Any:
-            async with semaphore:
+            async with self._slots:
                 answer = await self._request_with_retries(path, body, headers or {}, retries, deadline)
                 advance(1)
                 return answer
 
-        tasks = [asyncio.create_task(request(body)) for body in bodies]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await all_or_none(request(body) for body in bodies)
 
     async def _request_with_retries(
         self, path: str, body: Body | None, headers: Mapping[str, str], retries: int, deadline: float
@@ -182,6 +177,17 @@ class Server:
             return response.json()
         except ValueError:
             raise RequestFailed(f"{where} answered no JSON: is it a vLLM server?", status=status) from None
+
+
+async def all_or_none(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Returns the results of concurrent calls, in order; raises the first error, and cancels the others."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _error_text(response: httpx.Response) -> str:

@@ -21,7 +21,7 @@ from sdkit.language.specs import VllmServerBackend
 from sdkit.sampling.canary import Canary
 from sdkit.sampling.vllm_settings import sampling_settings
 from sdkit.serving import protocol
-from sdkit.serving.client import RETRYABLE_STATUSES, RequestFailed, Server, key_from
+from sdkit.serving.client import RETRYABLE_STATUSES, RequestFailed, Server, all_or_none, key_from
 from sdkit.serving.gateway import WEIGHTS_HEADER
 from sdkit.serving.weight_files import WeightFile
 from sdkit.stdout import Advance, no_progress
@@ -29,6 +29,8 @@ from sdkit.stdout import Advance, no_progress
 T = TypeVar("T")
 Group = list[int]
 """Indices of the requests that share one prompt."""
+SampleTurn = Callable[[SamplingRequest], Awaitable[Completion]]
+"""Samples one turn, from any number of coroutines at the same time."""
 
 RETRIES = 3
 """Retries, within about 4 s, before a server counts as unavailable."""
@@ -81,7 +83,9 @@ class ServerPool:
         self._task: asyncio.Task[Any] | None = None
         self._aborted = False
         self._members = [_Member(url, self._connect(url, key)) for url in spec.urls]
+        self._getting_ready = asyncio.Lock()  # one call at a time sends weights
         self._sampled_by: dict[int, _Member] = {}  # of the current batch, by the seed of the (first) request
+        self._dealt = 0  # groups of the current batch that were dealt in turn
 
     def _connect(self, url: str, key: str | None) -> Server:
         return Server(
@@ -149,7 +153,23 @@ class ServerPool:
         A later turn goes to the server of the turn before, which has cached its prefix, unless that server is lost.
         `advance` receives 1 for each completion.  Raises as `load` does.
         """
+        if not any(request.trajectory in self._sampled_by for request in requests):
+            self._begin_batch()
         return self._run(self._sample(file, requests, sampling, advance))
+
+    def play(
+        self,
+        file: WeightFile,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        players: Sequence[Callable[[SampleTurn], Coroutine[Any, Any, None]]],
+    ) -> None:
+        """Run the players of trajectories at the same time; each samples its turns, by these weights, at its own pace.
+
+        `requests` are their first turns.  Servers are chosen as by `sample`.  Raises as `load` does, and as a player does.
+        """
+        self._begin_batch()
+        self._run(self._play(file, requests, sampling, players))
 
     def abort(self) -> None:
         """Cancel the current call, from any thread; later calls are cancelled too."""
@@ -183,13 +203,28 @@ class ServerPool:
         finally:
             self._task = None
 
+    def _begin_batch(self) -> None:
+        self._sampled_by, self._dealt = {}, 0
+
+    async def _play(
+        self,
+        file: WeightFile,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        players: Sequence[Callable[[SampleTurn], Coroutine[Any, Any, None]]],
+    ) -> None:
+        self._deal(_groups(requests), requests, await self._ready_members(file))
+
+        async def sample(request: SamplingRequest) -> Completion:
+            return (await self._sample(file, [request], sampling, no_progress))[0]
+
+        await all_or_none(player(sample) for player in players)
+
     async def _sample(
         self, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance
     ) -> list[Completion]:
         done: dict[int, Completion] = {}
         pending = _groups(requests)
-        if not any(request.trajectory in self._sampled_by for request in requests):
-            self._sampled_by = {}  # a new batch
         for _ in range(MAX_ROUNDS):
             if not pending:
                 break
@@ -216,17 +251,17 @@ class ServerPool:
     def _deal(
         self, groups: Sequence[Group], requests: Sequence[SamplingRequest], members: Sequence[_Member]
     ) -> list[list[Group]]:
-        """Returns the groups for each of these servers, and notes which server gets which request."""
+        """Returns the groups for each of these servers, and notes which server gets which trajectory."""
         parts: list[list[Group]] = [[] for _ in members]
-        turn = itertools.cycle(range(len(members)))
         for group in groups:
-            trajectory = requests[group[0]].trajectory
-            earlier = None if trajectory is None else self._sampled_by.get(trajectory)
-            number = members.index(earlier) if earlier in members else next(turn)
+            trajectories = [_first_seed(requests[i]) for i in group]
+            earlier = self._sampled_by.get(trajectories[0])
+            if earlier in members:
+                number = members.index(earlier)
+            else:
+                number, self._dealt = self._dealt % len(members), self._dealt + 1
             parts[number].append(group)
-            for request in (requests[i] for i in group):
-                first = request.seed if request.trajectory is None else request.trajectory
-                self._sampled_by[first] = members[number]
+            self._sampled_by.update(dict.fromkeys(trajectories, members[number]))
         return parts
 
     async def _sample_on(
@@ -245,6 +280,10 @@ class ServerPool:
 
     async def _ready_members(self, file: WeightFile) -> list[_Member]:
         """Returns the servers that have these weights, after sending them to the others; waits if there are none."""
+        async with self._getting_ready:
+            return await self._get_ready(file)
+
+    async def _get_ready(self, file: WeightFile) -> list[_Member]:
         now = time.monotonic()
         available = [m for m in self._members if not m.unavailable_reason or m.retry_at <= now]
         await self._send_weights(available, file)
@@ -325,6 +364,11 @@ def _groups(requests: Sequence[SamplingRequest]) -> list[Group]:
     """Returns the requests grouped by prompt; requests of one prompt are consecutive."""
     by_prompt = itertools.groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)
     return [list(group) for _, group in by_prompt]
+
+
+def _first_seed(request: SamplingRequest) -> int:
+    """The seed of the first turn of a request's trajectory."""
+    return request.seed if request.trajectory is None else request.trajectory
 
 
 def _indices(part: Sequence[Group]) -> list[int]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from attrs import frozen
 
@@ -21,7 +21,7 @@ from sdkit.language.errors import ProcessDied, SdkitError
 from sdkit.models.weights import Weights
 from sdkit.processes import DaemonThreads
 from sdkit.sampling.canary import Canary
-from sdkit.serving.pool import ServerPool
+from sdkit.serving.pool import SampleTurn, ServerPool
 from sdkit.serving.weight_files import WeightFile
 from sdkit.stdout import Advance, no_progress
 
@@ -52,6 +52,15 @@ class LoadedServers:
     def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         """Return one completion per request, in order."""
         return self.pool.sample(self.file, requests, sampling, self.advance)
+
+    def play(
+        self,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        players: Sequence[Callable[[SampleTurn], Coroutine[Any, Any, None]]],
+    ) -> None:
+        """Run the players of trajectories at the same time, as `ServerPool.play` does."""
+        self.pool.play(self.file, requests, sampling, players)
 
 
 SampleBatch = Callable[[LoadedServers, Sequence[SamplingRequest], SamplingParams], Sequence[Completion]]
@@ -98,9 +107,15 @@ class ServerRollouts:
         return {**self._broadcast_result(future), "sync_seconds": time.perf_counter() - started}
 
     def sample(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+        self,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        advance: Advance = no_progress,
+        *,
+        sample: SampleBatch | None = None,
     ) -> list[Completion]:
-        job = self.submit(requests, sampling, advance)
+        """Return one completion per request, in order; `sample` as in `submit`."""
+        job = self.submit(requests, sampling, advance, sample=sample)
         return list(self.result(job).completions[job.own])
 
     def retain_weights(self, weights: Weights, version: int) -> None:

@@ -19,17 +19,17 @@ from attrs import frozen
 from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.checkpoints.checkpoint import PREFETCHED
 from sdkit.distributed import collectives
-from sdkit.environments.trajectories import TrajectorySampler, TurnSampler
+from sdkit.environments.trajectories import TrajectorySampler
 from sdkit.language.errors import UnreadableInput
 from sdkit.language.schedules import at_step
 from sdkit.runs.directory import read_lines
 from sdkit.sampling.replay import completion_from, completion_record
-from sdkit.serving.rollouts import Job
+from sdkit.serving.rollouts import Job, LoadedServers
 from sdkit.train.models import Models
 from sdkit.train.rollout_backends import RolloutBackends
 from sdkit.train.sampling_requests import rows_by_seed, sampling_params, sampling_requests
 from sdkit.train.setup import RunSetup
-from sdkit.train.trajectories import trajectory_sampler
+from sdkit.train.trajectories import sample_on_servers, trajectory_sampler
 
 
 @frozen(eq=False, kw_only=True)
@@ -111,12 +111,12 @@ class RolloutPrefetcher:
 def _sample_trajectories(
     sampler: TrajectorySampler,
     rows: Mapping[int, Row],
-    servers: TurnSampler,
+    servers: LoadedServers,
     requests: Sequence[SamplingRequest],
     sampling: SamplingParams,
 ) -> list[Completion]:
     """Return the trajectories of all ranks' requests; `rows` by the seed of the request."""
-    return sampler.sample(servers, requests, [rows[request.seed] for request in requests], sampling)
+    return sample_on_servers(sampler, [rows[request.seed] for request in requests], servers, requests, sampling)
 
 
 def _record(number: int, batch: PrefetchedBatch) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import assert_never
 
 from attrs import evolve, field, frozen
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.data.logged_chats import CompletionEncoder
+from sdkit.distributed import collectives
 from sdkit.environments.continuous import sample_continuously
 from sdkit.language.specs import (
     DatasetSamples,
@@ -24,6 +26,7 @@ from sdkit.language.specs import (
 from sdkit.sampling.replay import ReplayRollouts
 from sdkit.sampling.vllm import VllmRollouts
 from sdkit.seeds import derive
+from sdkit.serving.rollouts import ServerRollouts
 from sdkit.serving.writer import WriterClient
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.models import Models
@@ -32,7 +35,7 @@ from sdkit.train.rollout_backends import RolloutBackends
 from sdkit.train.sampling_requests import Stream, group_numbers, sampling_params, sampling_requests
 from sdkit.train.setup import RunSetup
 from sdkit.train.step_specs import StepSpecs
-from sdkit.train.trajectories import trajectory_sampler
+from sdkit.train.trajectories import sample_on_servers, trajectory_sampler
 
 OneSampler = StudentSamples | TeacherSamples | DatasetSamples
 """What writes the completions of one rollout batch."""
@@ -142,15 +145,27 @@ class RolloutSampler:
         trajectories = trajectory_sampler(
             self.setup, self.models, sampling, suite, by_teacher=by_teacher, starts_with=starts_with
         )
-        spec = self.setup.spec.environment
-        if not spec or not trajectories or isinstance(backend, ReplayRollouts):
+        if not trajectories or isinstance(backend, ReplayRollouts):
             return backend.sample(requests, sampling, advance)
+        spec = trajectories.spec
+        if spec.scheduling == "continuous" and isinstance(backend, ServerRollouts):
+            # The first rank samples the trajectories of all ranks.
+            of_all = evolve(trajectories, all_ranks=True)
+            sample = partial(sample_on_servers, of_all, self._rows_of_all_ranks(rows, suite))
+            return backend.sample(requests, sampling, advance, sample=sample)
         if spec.scheduling == "continuous" and isinstance(backend, VllmRollouts):
             threads = spec.calls_at_once
             return sample_continuously(
                 trajectories, backend, requests, rows, sampling, threads=threads, advance=advance
             )
         return trajectories.sample(backend, requests, rows, sampling, advance)
+
+    def _rows_of_all_ranks(self, rows: Sequence[Row], suite: str | None) -> list[Row]:
+        """Return the rows of the requests of all ranks, in rank order, given this rank's."""
+        data = self.setup.data
+        by_index = {row.index: row for row in (data.train if suite is None else data.suites[suite])}
+        parts = collectives.all_gather_object([row.index for row in rows])
+        return [by_index[index] for part in parts for index in part]
 
     def _dataset_completion(self, row: Row, column: str) -> Completion:
         """Return the data set's completion with its end-of-turn tokens, cut at `rollout.max_new_tokens`."""

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-from sdkit.batches import SamplingParams
+from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
+from sdkit.environments import continuous
 from sdkit.environments.trajectories import TrajectorySampler
 from sdkit.language.specs import StartsWith
+from sdkit.serving.rollouts import LoadedServers
 from sdkit.train.demonstrations import demonstrated_turns
 from sdkit.train.models import Models
 from sdkit.train.setup import RunSetup
+
+
+def sample_on_servers(
+    sampler: TrajectorySampler,
+    rows: Sequence[Row],
+    servers: LoadedServers,
+    requests: Sequence[SamplingRequest],
+    sampling: SamplingParams,
+) -> list[Completion]:
+    """Return one trajectory per request, in order, from rollout servers, as the environment's `scheduling` says.
+
+    `rows` are the requests' rows.  Raises as the sampler does.
+    """
+    if sampler.spec.scheduling == "continuous":
+        return continuous.sample_on_servers(
+            sampler, servers, requests, rows, sampling, threads=sampler.spec.calls_at_once
+        )
+    return sampler.sample(servers, requests, rows, sampling)
 
 
 def trajectory_sampler(

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from sdkit.serving import client as vllm_http
-from sdkit.serving.client import RequestFailed, Server
+from sdkit.serving.client import RequestFailed, Server, all_or_none
 from sdkit.serving.tiny_server import LoopbackServer
 
 
@@ -97,6 +97,17 @@ def test_answers_keep_their_order_within_the_concurrency_limit(serve):
         assert [a["echo"] for a in client.post("/x", range(20))] == list(range(20))
     assert 1 < scripted.most_in_flight <= 4
     assert scripted.connections <= 4  # reused by the second call
+
+
+def test_calls_at_the_same_time_share_the_limit(serve):
+    scripted, client = serve(echo)
+
+    async def call_often():
+        return await all_or_none(client.request_all("/x", [i, i]) for i in range(8))
+
+    answers = client._runner.run(call_often())
+    assert [[a["echo"] for a in pair] for pair in answers] == [[i, i] for i in range(8)]
+    assert 1 < scripted.most_in_flight <= 4
 
 
 def test_each_answer_is_progress_but_no_retry(serve):

@@ -20,7 +20,7 @@ from test_servers import tokens
 from tinyruns import advance, collect, lines, make_spec, metrics, rollout, train, training
 from vllm_build import require_vllm
 
-from sdkit.language.specs import OptimizerSpec, VllmServerBackend
+from sdkit.language.specs import OptimizerSpec, RegexReward, RetryEnvironment, Table, VllmServerBackend
 from sdkit.train import loop
 from sdkit.train.sampling_requests import sampling_params
 
@@ -128,6 +128,21 @@ def spec_of(served, folder, **changes):
         "optimizer": OptimizerSpec(lr=1e-2),
     }
     return make_spec(folder, **(parts | changes))
+
+
+def test_trajectories_at_their_own_pace_are_those_of_lockstep(served, tiny_folder, open_tiny):
+    parts = {
+        "rollout": rollout(stop=("e",), max_new_tokens=24, completions_per_prompt=2, backend=served.backend),
+        "rewards": Table({"right": RegexReward(pattern="a")}),
+    }
+    retry = RetryEnvironment(max_turns=3, max_observation_tokens=16, without_feedback="No.")
+    played = {}
+    for scheduling in ("lockstep", "continuous"):
+        environment = evolve(retry, scheduling=scheduling)
+        batch = collect(open_tiny(spec_of(served, tiny_folder, **parts, environment=environment))).batch
+        played[scheduling] = [(r.completion_ids, r.spans, r.ending) for r in batch]
+    assert played["continuous"] == played["lockstep"]
+    assert {len(spans) for _, spans, _ in played["lockstep"]} > {1}
 
 
 def test_logprobs_agree_after_every_update(served, tiny_folder, open_tiny):

@@ -2,6 +2,8 @@
 
 # ruff: noqa: F401, F811 (fixtures of other tests)
 
+import threading
+
 import pytest
 from attrs import evolve
 from os_processes import alive, wait_until
@@ -46,6 +48,13 @@ PARTS = {
 }
 
 
+SCHEDULING = ["lockstep", "continuous"]
+
+
+def scheduled(scheduling):
+    return PARTS | {"environment": evolve(PARTS["environment"], scheduling=scheduling)}
+
+
 def turns(server):
     """The prompts and seeds of a server's requests."""
     return {(request["prompt"], request["seed"]) for request in server.requests}
@@ -67,9 +76,10 @@ def alone(tiny_folder, open_tiny):
     return batch
 
 
-def test_trajectory_stays_on_one_server(serve, tiny_folder, tmp_path, open_tiny, alone):
+@pytest.mark.parametrize("scheduling", SCHEDULING)
+def test_trajectory_stays_on_one_server(serve, tiny_folder, tmp_path, open_tiny, alone, scheduling):
     servers = serve(2)
-    trainer = open_tiny(served_by(servers, tmp_path, tiny_folder, **PARTS))
+    trainer = open_tiny(served_by(servers, tmp_path, tiny_folder, **scheduled(scheduling)))
     assert parts_of(collect(trainer).batch) == parts_of(alone)
     prompts = [{prompt for prompt, _ in turns(server)} for server in servers]
     for group in zip(*[iter(expected_prompts(alone))] * 2, strict=True):
@@ -77,9 +87,12 @@ def test_trajectory_stays_on_one_server(serve, tiny_folder, tmp_path, open_tiny,
     assert all(prompts)
 
 
-def test_other_server_takes_over_the_trajectories_of_a_lost_one(serve, tiny_folder, tmp_path, open_tiny, alone):
+@pytest.mark.parametrize("scheduling", SCHEDULING)
+def test_other_server_takes_over_the_trajectories_of_a_lost_one(
+    serve, tiny_folder, tmp_path, open_tiny, alone, scheduling
+):
     first, second = serve(2)
-    trainer = open_tiny(served_by([first, second], tmp_path, tiny_folder, **PARTS))
+    trainer = open_tiny(served_by([first, second], tmp_path, tiny_folder, **scheduled(scheduling)))
 
     def kill_in_a_later_turn(number):
         if len(first.requests) == 7:  # of 6 in the first turn
@@ -96,8 +109,62 @@ def test_other_server_takes_over_the_trajectories_of_a_lost_one(serve, tiny_fold
     assert set(taken_over) <= {prompt for prompt, _ in turns(second)}
 
 
-def test_two_ranks_with_servers_sample_the_same_trajectories(warm, serve, tiny_folder, tmp_path):
-    spec = served_by(serve(2), tmp_path, tiny_folder, **PARTS)
+def test_restarted_server_gets_the_weights_once(serve, tiny_folder, tmp_path, open_tiny, alone, capsys):
+    (server,) = serve()
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder, **scheduled("continuous")))
+
+    def restart_in_a_later_turn(number):
+        if len(server.requests) == 13:  # of 12 in the first turn
+            server.fault = None
+            server.kill(wait=False)
+            threading.Timer(0.3, server.start).start()
+
+    server.fault = restart_in_a_later_turn
+    assert parts_of(collect(trainer).batch) == parts_of(alone)
+    assert len(server.loads) == 2
+    assert capsys.readouterr().err.count("no rollout server answers") == 1
+
+
+SLOW = """
+import pathlib, time
+
+class Slow:
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+
+    def reset(self, prompt, **columns):
+        self.slow, self.turns = "0 + 0" in prompt, 0
+
+    def reply(self, text):
+        self.turns += 1
+        while self.slow and not (self.folder / "ended").exists():
+            time.sleep(0.01)
+        if self.turns == 2:
+            (self.folder / "ended").touch()
+        return "No." if self.turns < 2 else None
+"""
+
+
+def test_servers_go_on_while_the_environment_is_slow(serve, tiny_folder, tmp_path, open_tiny):
+    """The first reply of one prompt's trajectories waits until another trajectory has ended, which lockstep never reaches."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    environment = FileEnvironment(
+        file=str(tmp_path / "slow.py"),
+        class_name="Slow",
+        arguments=Table({"folder": str(tmp_path)}),
+        max_observation_tokens=16,
+        call_seconds=60.0,
+        scheduling="continuous",
+    )
+    parts = PARTS | {"environment": environment, "rollout": rollout(stop=("e",), max_new_tokens=64)}
+    batch = collect(open_tiny(served_by(serve(), tmp_path, tiny_folder, **parts))).batch
+    assert (tmp_path / "ended").exists()
+    assert {r.ending for r in batch} <= {"done", "length"}  # no call was late
+
+
+@pytest.mark.parametrize("scheduling", SCHEDULING)
+def test_two_ranks_with_servers_sample_the_same_trajectories(warm, serve, tiny_folder, tmp_path, scheduling):
+    spec = served_by(serve(2), tmp_path, tiny_folder, **scheduled(scheduling))
     own = train(make_spec(tiny_folder, **PARTS), tmp_path / "own")
     done = run_two_ranks(warm, spec, tmp_path / "both")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -146,8 +213,9 @@ def test_trajectories_are_sampled_ahead_by_one_version(ahead, tmp_path, monkeypa
     assert versions(alone) == [{0}, {0}, {1}, {2}]
     records = [record for path in sorted((alone / "rollouts").iterdir()) for record in lines(path)]
     assert {len(record["turn_rewards"]) for record in records} >= {1, 3}
-    # An evaluation asks the same environment meanwhile.
-    measured = evolve(with_evaluation(ahead, every=2, teacher_lift=0), rewards=with_evaluation(ahead).rewards)
+    # The same at their own pace, while an evaluation asks the same environment.
+    own_pace = evolve(ahead, environment=evolve(ahead.environment, scheduling="continuous"))
+    measured = with_evaluation(own_pace, every=2, teacher_lift=2)
     assert versions(train(measured, tmp_path / "measured")) == versions(alone)
     for step in range(STEPS):
         name = f"rollouts/step_{step:06d}.jsonl"

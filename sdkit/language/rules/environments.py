@@ -75,16 +75,19 @@ def demonstrated_start(spec: specs.ExperimentSpec, context: Context) -> Iterator
         yield (*path, "column"), message, f"use data.columns.{name}: {{turns: …}}"
 
 
-@run_rule("trajectories that are sampled at their own pace have an engine in this process")
+@run_rule("trajectories that are sampled at their own pace have vLLM")
 def environment_scheduling(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The engine takes a trajectory's next turn while it samples others: vLLM does, if no other process shares it."""
+    """A trajectory's next turn is sampled while others are: servers do this, and vLLM in the trainer's process, if no other
+    process shares it.  A recording has complete trajectories.
+    """
     if spec.environment is None or spec.environment.scheduling == "lockstep":
         return
     backend, path = spec.rollout.backend, ("environment", "scheduling")
-    if not isinstance(backend, specs.VllmBackend):
+    if not isinstance(backend, specs.VllmBackend | specs.VllmServerBackend | specs.ReplayBackend):
         stated = context.stated(("rollout", "backend"), backend.kind)
-        yield path, f"scheduling is continuous, but {stated}", "use rollout.backend: vllm, or scheduling: lockstep"
-    elif backend.tensor_parallel_size > 1:
+        hint = "use rollout.backend: vllm or vllm_server, or scheduling: lockstep"
+        yield path, f"scheduling is continuous, but {stated}", hint
+    elif isinstance(backend, specs.VllmBackend) and backend.tensor_parallel_size > 1:
         stated = f"tensor_parallel_size is {backend.tensor_parallel_size}: its processes must sample the same requests"
         yield path, f"scheduling is continuous, but {stated}", "use scheduling: lockstep"
 
