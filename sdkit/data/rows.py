@@ -31,8 +31,8 @@ def load_rows(data: DataSpec, base: Path, needed: Collection[str] = (), texts: C
     """Returns the rows of a source, with their columns under sdkit's names and their prompts as chat.
 
     `base` is the folder that relative paths start from.  Columns in `needed` must not be empty; those in `texts` must be text
-    or empty.  A column template with a null field gives null.  Raises BadData that lists the faults of all rows, and BadEnvironment if a package or the hub is
-    unavailable.
+    or empty.  A column template with a null field gives null.  Raises BadData that lists the faults of all rows, and
+    BadEnvironment if a package or the hub is unavailable.
     """
     columns = data.columns
     if columns is None or "prompt" not in columns:

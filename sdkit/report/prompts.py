@@ -9,7 +9,7 @@ from typing import Any
 from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
 from sdkit.language.errors import SdkitError
-from sdkit.language.specs import ExperimentSpec, OfRollouts, Suite
+from sdkit.language.specs import ExperimentSpec, OfRollouts, Suite, VerifiersSource
 from sdkit.language.tasksets import data_in_full
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.report.records import RunRecord
@@ -33,8 +33,8 @@ def tokenizer_of(record: RunRecord) -> Any:
 def teacher_prompts(record: RunRecord, tokenizer: Any) -> dict[str, dict[PromptKey, str]]:
     """The teacher's prompt of each held-out prompt, by suite, rendered again from the data.
 
-    A suite whose data cannot be read is left out; so are all where the context depends on rollouts or equals the
-    student's.
+    A suite whose data cannot be read without running code that the spec names is left out; so are all where the context
+    depends on rollouts or equals the student's.
     """
     spec = record.spec
     if tokenizer is None or spec is None or spec.teacher is None or spec.teacher.sees is None:
@@ -44,7 +44,8 @@ def teacher_prompts(record: RunRecord, tokenizer: Any) -> dict[str, dict[PromptK
     prompts: dict[str, dict[PromptKey, str]] = {}
     with contextlib.suppress(SdkitError):
         prompter = _prompter(record, spec, tokenizer)
-        for name, suite in spec.suites.items():
+        readable = {n: each for n, each in spec.suites.items() if not isinstance(each.data.source, VerifiersSource)}
+        for name, suite in readable.items():
             with contextlib.suppress(SdkitError):
                 prompts[name] = dict(_of_suite(record, spec, suite, prompter))
     return prompts

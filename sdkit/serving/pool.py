@@ -31,6 +31,8 @@ Group = list[int]
 """Indices of the requests that share one prompt."""
 SampleTurn = Callable[[SamplingRequest], Awaitable[Completion]]
 """Samples one turn, from any number of coroutines at the same time."""
+Player = Callable[[SampleTurn], Coroutine[Any, Any, None]]
+"""Plays one trajectory, whose turns it samples one after the other."""
 
 RETRIES = 3
 """Retries, within about 4 s, before a server counts as unavailable."""
@@ -162,7 +164,7 @@ class ServerPool:
         file: WeightFile,
         requests: Sequence[SamplingRequest],
         sampling: SamplingParams,
-        players: Sequence[Callable[[SampleTurn], Coroutine[Any, Any, None]]],
+        players: Sequence[Player],
     ) -> None:
         """Run the players of trajectories at the same time; each samples its turns, by these weights, at its own pace.
 
@@ -211,7 +213,7 @@ class ServerPool:
         file: WeightFile,
         requests: Sequence[SamplingRequest],
         sampling: SamplingParams,
-        players: Sequence[Callable[[SampleTurn], Coroutine[Any, Any, None]]],
+        players: Sequence[Player],
     ) -> None:
         self._deal(_groups(requests), requests, await self._ready_members(file))
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from attrs import frozen
 
@@ -21,7 +21,7 @@ from sdkit.language.errors import ProcessDied, SdkitError
 from sdkit.models.weights import Weights
 from sdkit.processes import DaemonThreads
 from sdkit.sampling.canary import Canary
-from sdkit.serving.pool import SampleTurn, ServerPool
+from sdkit.serving.pool import Player, ServerPool
 from sdkit.serving.weight_files import WeightFile
 from sdkit.stdout import Advance, no_progress
 
@@ -53,12 +53,7 @@ class LoadedServers:
         """Return one completion per request, in order."""
         return self.pool.sample(self.file, requests, sampling, self.advance)
 
-    def play(
-        self,
-        requests: Sequence[SamplingRequest],
-        sampling: SamplingParams,
-        players: Sequence[Callable[[SampleTurn], Coroutine[Any, Any, None]]],
-    ) -> None:
+    def play(self, requests: Sequence[SamplingRequest], sampling: SamplingParams, players: Sequence[Player]) -> None:
         """Run the players of trajectories at the same time, as `ServerPool.play` does."""
         self.pool.play(self.file, requests, sampling, players)
 

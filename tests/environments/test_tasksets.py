@@ -7,9 +7,10 @@ import importlib.util
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
-from tinyruns import lines, make_spec, rollout, train, training
+from tinyruns import inline, lines, make_spec, rollout, train, training
 from verifiers_stand_in import write_interpreter
 
 from sdkit.batches import Row
@@ -33,6 +34,7 @@ from sdkit.language.specs import (
     VerifiersSource,
 )
 from sdkit.language.tasksets import data_in_full
+from sdkit.report.prompts import teacher_prompts
 
 COLUMNS = Table({"prompt": "prompt", "task": "key", "demonstration": "secret"})
 
@@ -166,6 +168,16 @@ def test_run_trains_on_tasks(python, tiny_folder, process_group, tmp_path, monke
     evaluated = lines(run / "evaluations" / "step_000000.jsonl")
     assert {(each["suite"], each["row"]) for each in evaluated} == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
     assert {each["prompt"] for each in evaluated} == {"Guess 0.", "Guess 1."}  # shown once
+
+
+def test_report_starts_no_interpreter_that_a_run_names(python, tmp_path, tiny_tokenizer):
+    suites = {
+        "tasks": Suite(data=tasks(python=python, size=2), score="right"),
+        "sums": Suite(data=inline(), score="right"),
+    }
+    spec = make_spec(tmp_path, evaluation=EvaluationSpec(suites=Table(suites)))
+    record = SimpleNamespace(spec=spec, base=tmp_path, provenance={})
+    assert teacher_prompts(record, tiny_tokenizer).keys() == {"sums"}
 
 
 TASKSET = """

@@ -94,13 +94,13 @@ def _disagreements(
     path: Path, source: specs.VerifiersSource, at: Path, environment: specs.VerifiersEnvironment
 ) -> Iterator[Finding]:
     """Findings for what a source and its environment state differently."""
-    hint = "state it in one place"
-    if source.python and environment.python and source.python != environment.python:
-        yield (*path, "python"), f"python is {source.python}, but {spelled(at)}.python is {environment.python}", hint
+    if source.python and source.python != environment.python:
+        theirs = f"{spelled(at)}.python is {environment.python or 'not set'}"
+        yield (*path, "python"), f"python is {source.python}, but {theirs}", "state it in the environment alone"
     for name, value in source.config.items():
         if environment.config.get(name, value) != value:
             theirs = f"{spelled(at)}.config.{name} is {shorten(environment.config[name])}"
-            yield (*path, "config", name), f"{name} is {shorten(value)}, but {theirs}", hint
+            yield (*path, "config", name), f"{name} is {shorten(value)}, but {theirs}", "state it in one place"
 
 
 @run_rule("an environment's observations are templates of what it gives")
