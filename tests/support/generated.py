@@ -138,7 +138,7 @@ def _entry(key: Key) -> Key:
 
 
 def connect(page):
-    """Makes templates name all their slots, and a route name terms of the page."""
+    """Makes templates name all their slots, a route name terms of the page, and written slots have a writer."""
     losses = list(page["losses"])
     if page.get("route"):
         page["route"]["then"] = losses[:1]
@@ -151,4 +151,18 @@ def connect(page):
             sees["turns"][0]["user"] = names
         else:
             sees["template"] = "{prompt} " * (sees["kind"] == "user_turn") + names
+    if sees:
+        _connect_writer(sees)
     return page
+
+
+def _connect_writer(sees):
+    """Leaves a writer only to written slots, of which none gives way to another."""
+    drawn = sees.pop("writer", None) or {}
+    written = [slot for slot in sees.get("slots", {}).values() if slot["kind"] == "written"]
+    for slot in written:
+        slot.pop("unless", None)
+    if written:
+        names = "".join(f" {{{name}}}" for name in drawn.get("slots", ()))
+        kept = {key: value for key, value in drawn.items() if key not in ("url", "key_from")}
+        sees["writer"] = kept | {"model": "w", "prompt": "{trajectory}" + names}

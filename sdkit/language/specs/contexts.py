@@ -16,7 +16,6 @@ from sdkit.language.specs.fields import (
     SECONDS,
     SHARE,
     SIGNED,
-    SOME_TEXT,
     TEXT,
     Component,
     Table,
@@ -125,7 +124,7 @@ class Written:
     key: str | None = spec_field(
         "key of the text in the JSON object that the writer answers with (default: all of the answer is the text)",
         default=None,
-        range=SOME_TEXT,
+        range=NAME,
     )
     of: Literal["trajectory", "turn"] = spec_field(
         "`turn`: at the key is an object with the texts of single turns, by number from 1, and another turn's slot is "
