@@ -156,6 +156,7 @@ def test_share_of_failures_is_a_metric(spec_of, writer, tmp_path):
     written = [[r["written"] for r in batch] for batch in records(run)]
     assert shares == [batch.count("") / len(batch) for batch in written]
     assert 0 < sum(shares) < len(shares)
+    assert all(line["time/writer"] > 0 for line in lines(run / "metrics.jsonl") if "time/judge" in line)
 
 
 def test_run_ends_if_the_writer_fails_too_often(spec_of, writer, tmp_path):
