@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdkit import processes
 from sdkit.checkpoints import atomic, manifest
 from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.checkpoints.manifest import Manifest, Origin, UnusableCheckpoint
@@ -20,14 +19,10 @@ Notify = Callable[[str], None]
 
 def report_previous_attempt(run: Path, notify: Notify) -> None:
     """Report a previous process that exited without updating status.json.  Raises UnreadableInput if it is still running."""
+    directory.check_not_running(run)
     status = directory.read_status(run)
     if status.get("state") != "running":
         return
-    if processes.is_running(status.get("pid"), status.get("process")):
-        raise UnreadableInput(
-            f"{run} is still being trained by process {status['pid']}",
-            hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",
-        )
     notify(
         f"the previous attempt exited without updating its status after step {status.get('step', 0)}: it was killed, "
         "or the machine went down; the kernel's out-of-memory killer reports to `dmesg`"

@@ -187,8 +187,8 @@ def trained_model(path: Path) -> Path:
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Check that a run may write to `path`; writes nothing.
 
-    Raises UnreadableInput if the folder exists already, is not a run directory, has nothing to resume, or has a name that
-    DeepSpeed would read as a pattern when it loads a checkpoint.
+    Raises UnreadableInput if the folder exists already, is not a run directory, has nothing to resume, is being trained by
+    another process, or has a name that DeepSpeed would read as a pattern when it loads a checkpoint.
     """
     if any(mark in str(path.resolve()) for mark in "[]*?"):
         raise UnreadableInput(
@@ -207,10 +207,25 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         )
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory, so --overwrite leaves it alone")
+    check_not_running(path)
 
 
-def create(path: Path, trackers: Trackers | None = None) -> RunDirectory:
-    """Create an empty run directory at `path`; an older run there is removed (see `claim`)."""
+def check_not_running(path: Path) -> None:
+    """Raise UnreadableInput if a process is training the run in `path`."""
+    status = read_status(path)
+    if status.get("state") == "running" and processes.is_running(status.get("pid"), status.get("process")):
+        raise UnreadableInput(
+            f"{path} is still being trained by process {status['pid']}",
+            hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",
+        )
+
+
+def create(path: Path, trackers: Trackers | None = None, *, replace: bool = False) -> RunDirectory:
+    """Create an empty run directory at `path`, where with `replace` an older run is removed.
+
+    Raises UnreadableInput as `claim` does: since a command started, another one may have begun a run there.
+    """
+    claim(path, resume=False, overwrite=replace)
     try:
         if path.exists():
             shutil.rmtree(path)

@@ -78,6 +78,7 @@ def write(folder: Path, spec_text: str, facts: Mapping[str, Any], result: Evalua
     """
     if not is_first_rank():
         return
+    check_target(folder)  # again: another command may have written there meanwhile
     target = directory.create(folder)
     target.write_json("evaluation.json", facts)
     target.write_text("spec.yaml", spec_text)

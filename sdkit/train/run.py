@@ -157,7 +157,9 @@ def train(
         trainer = open_run(spec, base, recording, date)
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
-    run = run_origin.open_directory(folder, spec.output, console, resume=resume_from is not None)
+    run = run_origin.open_directory(
+        folder, spec.output, console, resume=resume_from is not None, replace=resume or overwrite
+    )
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
         check_shared(folder)

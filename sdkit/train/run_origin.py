@@ -183,12 +183,18 @@ def write(
     fingerprints.copy_code(files.hashes["code"], base, _copies(run, step))
 
 
-def open_directory(folder: Path, output: OutputSpec, console: Console, *, resume: bool) -> RunDirectory:
-    """The run directory; only the first rank writes to it, and only that one has trackers."""
+def open_directory(folder: Path, output: OutputSpec, console: Console, *, resume: bool, replace: bool) -> RunDirectory:
+    """The run directory; only the first rank writes to it, and only that one has trackers.
+
+    `replace` allows a new run in place of an older one.  Raises UnreadableInput if another process has begun one meanwhile.
+    """
     if collectives.rank():
         return directory.ReadOnly(folder)
     trackers = Trackers(output.trackers, warn=lambda text: print_warning(console, text))
-    return directory.RunDirectory(folder, trackers) if resume else directory.create(folder, trackers)
+    if not resume:
+        return directory.create(folder, trackers, replace=replace)
+    directory.check_not_running(folder)
+    return directory.RunDirectory(folder, trackers)
 
 
 def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:

@@ -26,6 +26,7 @@ from tinyruns import (
     with_evaluation,
 )
 
+from sdkit import processes
 from sdkit.language.errors import BadData, NumericsGuard, RunFailed, Stopped, UnreadableInput
 from sdkit.language.specs import (
     CrossEntropy,
@@ -38,6 +39,7 @@ from sdkit.language.specs import (
     Table,
     TeacherSamples,
 )
+from sdkit.train import run as run_module
 from sdkit.train.inputs import RunData
 from sdkit.train.report import Report
 
@@ -244,6 +246,32 @@ def test_folder_without_a_run_is_never_overwritten(full_spec, tmp_path):
         with pytest.raises(UnreadableInput):
             train(full_spec, folder, **options)
     assert [p.name for p in folder.iterdir()] == ["chapter.tex"]
+
+
+def test_run_that_began_meanwhile_is_not_overwritten(tiny_folder, tmp_path, monkeypatch):
+    """Another command begins a run in the folder while this one loads its model."""
+    folder, load = tmp_path / "run", run_module.open_run
+
+    def load_while_another_begins(*args):
+        folder.mkdir()
+        (folder / "resolved.yaml").write_text("another's")
+        return load(*args)
+
+    monkeypatch.setattr(run_module, "open_run", load_while_another_begins)
+    with pytest.raises(UnreadableInput, match="exists"):
+        train(make_spec(tiny_folder), folder)
+    assert (folder / "resolved.yaml").read_text() == "another's"
+
+
+def test_run_of_a_living_process_is_not_overwritten(tiny_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "resolved.yaml").touch()
+    owner = {"pid": os.getpid(), "process": processes.own_start()}
+    (folder / "status.json").write_text(json.dumps({"state": "running", **owner}))
+    with pytest.raises(UnreadableInput, match=f"is still being trained by process {os.getpid()}"):
+        train(make_spec(tiny_folder), folder, overwrite=True)
+    assert (folder / "resolved.yaml").exists()
 
 
 def test_bad_data_leave_no_folder(tiny_folder, tmp_path):
