@@ -89,16 +89,23 @@ def read_first(source: specs.Source, base: Path) -> RawRows:
         return [(f"{name} row 0", _as_row(row)) for row in _with_library(lambda: first_saved(source, base), name)]
     if isinstance(source, specs.ParquetSource):
         rows = _with_library(lambda: islice(_parquet_file(path), 1), name)
-        return [(f"{name} row 0", _as_row(row)) for row in rows]
+        return _some([(f"{name} row 0", _as_row(row)) for row in rows], name)
     start = _read_bytes(path, name, START + 1)
     if len(start) <= START:
-        return read_source(source, base, 1)
+        return _some(read_source(source, base, 1), name)
     if isinstance(source, specs.JsonSource):
         return [(f"{name} row 0", _as_row(row)) for row in _first_of_list(start)]
     complete = start.rpartition(b"\n")[0]
     if isinstance(source, specs.CsvSource):
         return list(islice(_csv(complete, name, source.delimiter), 1))
     return _json_lines(complete, name, 1)
+
+
+def _some(rows: RawRows, name: str) -> RawRows:
+    """The rows, of which there must be one."""
+    if not rows:
+        raise BadData(f"{name} has no rows")
+    return rows
 
 
 def count_rows(data: specs.DataSpec, base: Path) -> int | None:
@@ -208,7 +215,7 @@ def _decode(content: bytes, name: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise BadData(f"{name}:{line}: not UTF-8") from error
+        raise BadData(f"{name}:{line}: not UTF-8", hint="save it as UTF-8") from error
 
 
 def _json(content: bytes, name: str) -> list[Any]:

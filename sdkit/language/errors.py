@@ -173,14 +173,16 @@ def first_of(faults: Sequence[str], limit: int = 20) -> str:
 def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the choice spelled most like `word`, or None if none of the first `MAX_CHOICES` is close.
 
-    Two words are close if difflib's ratio of their common letters is at least `cutoff`.
+    Two words are close if difflib's ratio of their common letters is at least `cutoff`.  Of words that differ in nothing but
+    capital letters, the first is the nearest.
     """
     from difflib import get_close_matches
 
     if len(word) > MAX_WORD_LENGTH:
         return None
     candidates = [c for c in islice(choices, MAX_CHOICES) if len(c) <= 3 * len(word)]
-    return next(iter(get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)
+    same = (c for c in candidates if c.lower() == word.lower())
+    return next(same, None) or next(iter(get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:

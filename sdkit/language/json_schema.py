@@ -116,7 +116,10 @@ class _Definitions:
             names = {**(key.names.schema if key.names else {}), "maxLength": MAX_KEY_LENGTH}
             size = _size("Properties", key, args[0], partial=partial)
             entries = self._entry(args[0], key, partial=partial)
-            return {"type": "object", "additionalProperties": entries, "propertyNames": names, **size}
+            kinds = kinds_of(options_of(args[0]))
+            nameless = {"required": ["kind"], "properties": {"kind": {"enum": list(kinds)}}}
+            without_name = {"not": nameless} if kinds else {}
+            return {"type": "object", "additionalProperties": entries, "propertyNames": names, **size, **without_name}
         return self._reference(option, key.name, partial, "optional" if hasattr(option, "kind") else "none")
 
     def _entry(self, tp: Any, key: Key, *, partial: bool) -> Json:

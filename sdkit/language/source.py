@@ -26,7 +26,11 @@ MULTILINE = 10_000
 """The length of a place whose value goes on in the next line: more characters than a line shows."""
 MAX_KEY_LENGTH = 100  # characters; quoted and escaped, it stays below the 1024 characters that YAML allows for a key
 
+EXPANDED_BY_HAND = "write the value, or give it on the command line"
+"""The hint for a variable in a spec."""
+
 _FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
+_INDENTATION = re.compile(r"\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -278,6 +282,9 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Proble
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line, mark.column) if mark else (0, 0)
     lines = text.splitlines()
+    if foreign := _foreign_line(lines[: line + 1]):
+        at, column, message, hint = foreign
+        return Problem((), message, "yaml", hint, Place(name, at + 1, column + 1))
     after = lines[line][column:] if line < len(lines) else ""
     message, hint = (error.problem or "this is not YAML").split("\n")[0], None
     if after.startswith("\t"):
@@ -285,6 +292,12 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Proble
     elif "mapping values are not allowed" in message:
         message = "a ':' where no key can stand"
         hint = 'check the indentation, and put text that holds ": " in quotes'
+    elif "unknown escape character" in message:
+        message, hint = f"in double quotes, {after[:2]} is no escape", "use single quotes, or write \\\\ for each \\"
+    elif after.startswith("{") and lines[line][:column].endswith("$"):
+        message, hint = "'${…}' is not expanded, and '{' opens a map here", EXPANDED_BY_HAND
+    elif "<document start>" in message:
+        message, hint = "a second value begins here", "a spec is one YAML map"
     elif after[:1] in ("@", "`", "%"):
         message, hint = f"text cannot start with {after[0]}", "put it in quotes"
     elif error.context and error.context_mark:
@@ -293,6 +306,25 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Proble
     if line >= len(lines) and lines:
         line, column = len(lines) - 1, max(0, len(lines[-1]) - 1)
     return Problem((), message, "yaml", hint, Place(name, line + 1, column + 1))
+
+
+def _foreign_line(lines: list[str]) -> tuple[int, int, str, str] | None:
+    """The first line that is no YAML for a reason that the parser does not see: its index, a column, message and hint."""
+    for index, line in enumerate(lines):
+        if line.startswith(("<<<<<<< ", ">>>>>>> ")) or line == "=======":
+            return (
+                index,
+                0,
+                "a conflict of a merge is not resolved",
+                "keep one side, and remove the lines of <, = and >",
+            )
+        if line.startswith("```"):
+            return index, 0, "a fence of Markdown is not YAML", "remove it"
+        if (match := _INDENTATION.match(line)) and not match[0].isascii():
+            column = next(at for at, character in enumerate(match[0]) if not character.isascii())
+            message = f"character U+{ord(line[column]):04X} looks like a space, but cannot indent YAML"
+            return index, column, message, "use spaces"
+    return None
 
 
 def _explain_unclosed(context: str, line: int, message: str) -> tuple[str, str | None]:

@@ -25,7 +25,6 @@ from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, ki
 from sdkit.language.overlay import QUESTION, LoadedSpec
 from sdkit.language.paths import start_of, stored_path
 from sdkit.language.renamed import current_name, rename_hint
-from sdkit.language.scalars import scalar
 from sdkit.language.specs import ExperimentSpec, MethodSpec, PathTo, Range, Schedule, Table
 
 S = TypeVar("S")
@@ -35,6 +34,8 @@ MAX_ENTRIES = 200
 INVALID: Any = object()
 """Placeholder for a value that has a problem."""
 
+_NULLS = ("None", "none", "nil")
+"""What other languages write for null."""
 _SCALAR_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -45,7 +46,15 @@ def structure(loaded: LoadedSpec) -> tuple[MethodSpec | ExperimentSpec | None, l
         structurer.report((), "the file is empty", "type")
         return None, structurer.problems
     spec = structurer.instance(ExperimentSpec if loaded.kind == "run" else MethodSpec, loaded.data, ())
-    return (None if structurer.problems else spec), structurer.problems
+    return (None if structurer.problems else spec), _without_those_of_a_missing_page(structurer.problems, loaded)
+
+
+def _without_those_of_a_missing_page(problems: list[Problem], loaded: LoadedSpec) -> list[Problem]:
+    """The problems but those of keys that a method page would complete, where a run file names none that can be read."""
+    data = loaded.data if isinstance(loaded.data, dict) else {}
+    if loaded.kind != "run" or (loaded.is_complete and (loaded.method is not None or "losses" in data)):
+        return problems
+    return [p for p in problems if len(p.path) < 2 or p.path[0] not in keys_of(MethodSpec)]
 
 
 def structure_as(cls: type[S], loaded: LoadedSpec) -> tuple[S | None, list[Problem]]:
@@ -72,6 +81,8 @@ class _Structurer:
         if data is None and types.NoneType in members(tp):
             return None
         options = options_of(tp)
+        if data in _NULLS and types.NoneType in members(tp) and not any(_accepts(option, data) for option in options):
+            return self.report(path, f"{shorten(data)} is text, not null", "type", "write null")
         if kinds := kinds_of(options):
             return self._of_kind(kinds, data, path)
         if len(options) > 1:
@@ -98,7 +109,9 @@ class _Structurer:
     def instance(self, cls: type[S], data: Any, path: Path, *, tagged: bool = False) -> S | Any:
         """Returns `data` as an instance of a spec class, or INVALID.  Unknown keys are problems."""
         if not isinstance(data, dict):
-            return self._report_wrong_type(data, "a map", path)
+            from sdkit.language.repairs import map_hint
+
+            return self._report_wrong_type(data, "a map", path, hint=map_hint(cls, data, path))
         keys = keys_of(cls)
         values = {}
         for name, item in data.items():
@@ -106,7 +119,7 @@ class _Structurer:
                 values[keys[name].field] = self._field(keys[name], item, (*path, name))
             elif not (tagged and name == "kind"):
                 self._report_unknown_key(cls, name, path)
-        given = {*data, *(current_name((*path, name)) for name in data if name not in keys)}
+        given = {*data, *(self._meant_key(cls, name, path) for name in data if name not in keys)}
         missing = [k.name for k in keys.values() if k.required and k.name not in given]
         if not path and not self.loaded.is_complete:
             missing = [name for name in missing if name not in keys_of(MethodSpec)]
@@ -115,6 +128,12 @@ class _Structurer:
         invalid = missing or any(value is INVALID for value in values.values())
         required = {k.field for k in keys.values() if k.required}
         return INVALID if invalid or required - set(values) else cls(**values)
+
+    def _meant_key(self, cls: type, name: str, path: Path) -> str | None:
+        """The key that an unknown one stands for, which is then not missing besides."""
+        from sdkit.language.suggestions import meant_key
+
+        return current_name((*path, name)) or meant_key(name, cls)
 
     def _field(self, key: Key, data: Any, path: Path) -> Any:
         value = self.value(key.type, data, path)
@@ -227,8 +246,11 @@ class _Structurer:
 
     def _tuple(self, args: tuple[Any, ...], data: Any, path: Path) -> Any:
         if not isinstance(data, list):
-            hint = None if isinstance(data, dict) or data is None else f"write [{data}]"
-            return self._report_wrong_type(data, "a list", path, hint=hint)
+            from sdkit.language.repairs import list_hint
+
+            return self._report_wrong_type(
+                data, "a list", path, hint=list_hint(data, None if args[-1] is Ellipsis else len(args))
+            )
         if args[-1] is not Ellipsis and len(data) != len(args):
             message = f"this is a list of {len(data)}, not of {len(args)}"
             return self.report(path, message, "type")
@@ -240,11 +262,25 @@ class _Structurer:
 
     def _table(self, tp: Any, data: Any, path: Path) -> Any:
         if not isinstance(data, dict):
-            return self._report_wrong_type(data, "a map", path)
+            from sdkit.language.repairs import table_hint
+
+            return self._report_wrong_type(data, "a map", path, hint=table_hint(tp, data, path))
         if self._has_too_many_entries(tp, data, path):
+            return INVALID
+        if self._report_nameless_entry(tp, data, path):
             return INVALID
         items = {name: self.value(tp, x, (*path, name)) for name, x in data.items()}
         return INVALID if any(x is INVALID for x in items.values()) else Table(items)
+
+    def _report_nameless_entry(self, tp: Any, data: dict[str, Any], path: Path) -> bool:
+        """Reports one entry of a table that stands in the table's place; returns whether this is one."""
+        from sdkit.language.repairs import is_nameless_entry, nameless_hint
+
+        if not path or not is_nameless_entry(tp, data):
+            return False
+        name = str(path[-1])
+        self.report(path, f"this is an entry of '{name}' without its name", "type", nameless_hint(data, name))
+        return True
 
     def _report_wrong_type(
         self, data: Any, wanted: str, path: Path, scalars: tuple[type, ...] = (), hint: str | None = None
@@ -254,11 +290,14 @@ class _Structurer:
             message, hint = f"{shorten(path[-1])} is {wanted}", f"`sdkit explain {spelled(path)}` says more"
         elif data is not None:
             message = f"{_describe_type(data)}, not {wanted}"
-        if wanted == "a map" and isinstance(data, list) and len(data) == 1 and isinstance(data[0], dict):
-            hint = "remove the dash before its keys"
-        return self.report(path, message, "type", hint or _suggest_fix(data, scalars))
+        if scalars and not hint:
+            from sdkit.language.repairs import scalar_hint
+
+            hint = scalar_hint(data, scalars)
+        return self.report(path, message, "type", hint)
 
     def _report_not_a_choice(self, choices: Any, data: Any, path: Path, code: str) -> Any:
+        from sdkit.language.repairs import parse_unquoted
         from sdkit.language.suggestions import REFUSED, file_source
 
         hint = None
@@ -266,7 +305,7 @@ class _Structurer:
             return self.report(path, f"{shorten(path[-1])} is one of {listed(choices)}", code)
         if isinstance(data, str):
             hint = REFUSED.get((path[-1], data)) or (file_source(data) if path[-1] == "source" else None)
-            if _parse_unquoted(data) in choices:
+            if parse_unquoted(data) in choices:
                 hint = "remove the quotes"
             elif not hint and len(self.problems) < MAX_SHOWN_PROBLEMS:  # slow, so only for problems that are shown
                 hint = did_you_mean(data, [c for c in choices if isinstance(c, str)])
@@ -292,6 +331,8 @@ class _Structurer:
             hint = f"write {{kind: {kind}, {', '.join(f'{m}: …' for m in missing)}}}"
         elif not kind and path:
             hint = self._similar_entry(path)
+        elif "losses" in missing and cls is ExperimentSpec:
+            hint = "name a method, such as method: sdft (`sdkit methods` lists them), or write losses"
         self.report((*path, missing[0]), message, "missing_key", hint)
 
     def _report_unknown_key(self, cls: type, name: str, path: Path) -> None:
@@ -304,34 +345,14 @@ class _Structurer:
         self.report((*path, name), message, "unknown_key", hint, at_key=True)
 
 
+def _accepts(option: Any, text: str) -> bool:
+    """Whether the text is a value of this option: any text, a choice, or a kind."""
+    return option in (str, Any) or text in typing.get_args(option) or getattr(option, "kind", None) == text
+
+
 def _describe_type(data: Any) -> str:
     if isinstance(data, dict):
         return "this is a map"
     if isinstance(data, list):
         return "this is a list"
     return f"{shorten(data)} is {_SCALAR_NAMES[type(data)]}"
-
-
-def _parse_unquoted(text: str) -> Any:
-    try:
-        return scalar(text)
-    except ValueError:
-        return text
-
-
-def _suggest_fix(data: Any, wanted: tuple[type, ...]) -> str | None:
-    """A hint on how to turn the data into the wanted type, if there is a way."""
-    if isinstance(data, str):
-        parsed = _parse_unquoted(data)
-        if type(parsed) in wanted or (type(parsed) is int and float in wanted):
-            return "remove the quotes"
-        if bool in wanted and data.lower() in ("on", "yes", "y", "off", "no", "n"):
-            return f"write {'true' if data.lower() in ('on', 'yes', 'y') else 'false'}"
-        plain = data.replace("_", "").replace(",", "")
-        if (int in wanted or float in wanted) and type(_parse_unquoted(plain)) in (int, float):
-            return f"write {plain}"
-    elif isinstance(data, bool | int | float) and str in wanted:
-        return f'put it in quotes: "{shorten(data)}"'
-    elif isinstance(data, float) and int in wanted and data.is_integer():
-        return f"write {int(data)}"
-    return None

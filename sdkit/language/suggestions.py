@@ -5,15 +5,16 @@ Imported only when a spec has such a key or value.
 
 from __future__ import annotations
 
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
 from attrs import frozen
 
 from sdkit.language.errors import Path, did_you_mean, listed, nearest, spelled
-from sdkit.language.introspection import Key, is_spec, keys_of, members
+from sdkit.language.introspection import Key, is_spec, keys_of, kinds_of, members, options_of
 from sdkit.language.specs import ExperimentSpec, Table
 
 _OTHER_NAMES = (
@@ -84,10 +85,20 @@ BY_PEER: Mapping[str, str] = {
     "ppo_micro_batch_size_per_gpu": _ROWS,
     "ppo_mini_batch_size": "it counts the prompts of one optimizer step in verl: training.updates_per_rollout is train_batch_size "
     "divided by it",
+    **dict.fromkeys(
+        ("defaults", "include", "extends", "base"),
+        "a run file builds on one method page: method: NAME, or ./page.yaml",
+    ),
+    "batch_size": "training.prompts_per_step is the size of a step, rollout.backend.batch_size that of a sampling pass",
+    "bf16": "write dtype: bfloat16 in model",
+    "fp16": "sdkit has no float16: write dtype: bfloat16 in model",
     "gradient_accumulation_steps": "sdkit accumulates over the micro-batches of a step: training.prompts_per_step is the size of "
     "the step, training.micro_batch_tokens that of a forward pass",
 }
 """Names whose meaning depends on the toolkit, or that count something else → how to say in sdkit what each of them means."""
+
+CLOSE = 0.85
+"""How alike an unknown key and the one that it is a misspelling of must be, at least."""
 
 _NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
 _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
@@ -116,31 +127,89 @@ _FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "p
 """Endings of data files → the kind of source that reads them."""
 
 
+def file_kind(name: str) -> str | None:
+    """Returns the kind of source that reads files with the ending of this name; None if there is none."""
+    return next((kind for ending, kind in _FILE_KINDS.items() if name.endswith(ending)), None)
+
+
 def file_source(text: str) -> str | None:
     """Returns a hint for a data source that is a file's name alone; None if the text is no such name."""
-    kind = next((kind for ending, kind in _FILE_KINDS.items() if text.endswith(ending)), None)
+    kind = file_kind(text)
     return kind and f"write source: {{kind: {kind}, path: {text}}}"
 
 
 def advice(name: str, cls: type, parent: Path) -> str | None:
     """Returns a hint for the unknown key `name` in the map at `parent`, which is read as `cls`."""
-    here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
-    if cls is ExperimentSpec:
-        here.append("method")
+    here = _keys_here(cls)
+    if pair := spaced(name, here):
+        return f"write {pair}"
+    if unseen := next((character for character in name if not character.isprintable()), None):
+        return f"remove U+{ord(unseen):04X}, which looks like a space or like nothing"
     synonyms = SYNONYMS.get(name, [])
     for word in synonyms:
         if word in here:
             return f'sdkit calls it "{word}"{_conversion(name, word)}'
     if name in BY_PEER:
         return BY_PEER[name]
-    if close := nearest(name, here, cutoff=0.85):
+    if close := nearest(name, here, cutoff=CLOSE):
         return f'did you mean "{close}"?'
     if name == "kind":
-        return "remove it: there is only one kind here"
+        home = _home_of_kind(cls)
+        return f"it belongs at {spelled((*parent, home, name))}" if home else "remove it: there is only one kind here"
     if kinds := _kinds_with(name, parent):
         noun, has = ("kind", "has") if len(kinds) == 1 else ("kinds", "have")
         return f"only {noun} {listed(kinds, ' and ')} {has} it"
-    return _home(name, parent) or did_you_mean(name, here) or _home_of_synonym(synonyms, parent)
+    return (
+        _home(name, parent)
+        or _home_of_synonym(synonyms, parent)
+        or _peers_answers().get(name)
+        or did_you_mean(name, here)
+    )
+
+
+def meant_key(name: str, cls: type) -> str | None:
+    """Returns the key of `cls` that an unknown one is another name or spelling of; None if there is none."""
+    here = _keys_here(cls)
+    synonym = next((word for word in SYNONYMS.get(name, []) if word in here), None)
+    name = "".join(filter(str.isprintable, name)).strip()
+    pair = spaced(name, here)
+    return pair.partition(":")[0] if pair else synonym or nearest(name, here, cutoff=CLOSE)
+
+
+def spaced(text: str, keys: Collection[str]) -> str | None:
+    """Returns `key: value` for a text such as `key:value` or `key=value`; None if it does not start with a key."""
+    pair = re.fullmatch(r"(\w+)\s*[:=]\s*(.+)", text)
+    return f"{pair[1]}: {pair[2]}" if pair and pair[1] in keys else None
+
+
+def _keys_here(cls: type) -> list[str]:
+    return [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else []), *(["method"] if cls is ExperimentSpec else [])]
+
+
+def _home_of_kind(cls: type) -> str | None:
+    """The one key of `cls` that is required and has kinds; None if there is none, or several."""
+    homes = [name for name, key in keys_of(cls).items() if key.required and kinds_of(options_of(key.type))]
+    return homes[0] if len(homes) == 1 else None
+
+
+@cache
+def _peers_answers() -> Mapping[str, str]:
+    """The keys of other trainers' configurations → the path in sdkit's language, or why there is none."""
+    from sdkit.language.peers import peers, read_table
+
+    tables = {name: read_table(name) for name in peers()}
+    answers: dict[str, str] = {}
+    for table in tables.values():
+        translated = f"this is a key of {table.summary}: `sdkit import` translates such a file"
+        for rule in (rule for rule in table.rules if "key" in rule):
+            outer, _, last = rule["key"].rpartition(".")
+            answers.setdefault(last, f'sdkit has "{rule["to"]}"' if "to" in rule else translated)
+            if outer:
+                answers.setdefault(outer.partition(".")[0], translated)
+        for key, reason in table.unsupported.items():
+            answers.setdefault(key.rpartition(".")[2], f"sdkit has no such key: {reason}")
+    needless = {key for table in tables.values() for key in table.ignored}
+    return {**dict.fromkeys(needless, "remove it: sdkit has no such key, and a run needs none"), **answers}
 
 
 def _conversion(name: str, key: str) -> str:

@@ -19,7 +19,9 @@ from sdkit.language import columns as reads
 from sdkit.language.errors import BadData, BadEnvironment, Path, Problem, listed, outside, shorten, spelled
 from sdkit.language.load import CheckedSpec
 from sdkit.language.row_text import describe_value
-from sdkit.language.specs import DataSpec, ExperimentSpec, RoutedEnvironment, RoutedWeights
+from sdkit.language.scalars import compact
+from sdkit.language.specs import DataSpec, ExperimentSpec, LocalFile, RoutedEnvironment, RoutedWeights, Source
+from sdkit.language.suggestions import file_kind
 from sdkit.rewards.answers import check_right_answer
 
 CODE = "first_row"
@@ -65,14 +67,14 @@ def _check(
     except BadEnvironment:  # without the package that reads the file, the row is not checked
         return None
     except BadData as error:
-        report(source, error.message, error.hint)
+        report(source, error.message, error.hint or _other_kind(data.source))
         return None
     written_at = path if data.columns else ("data",)
     for column in mapped.absent:
         for user in column.users:
-            report((*written_at, "columns", user), *_absence(source_name(data.source), column))
+            report((*written_at, "columns", user), *_absence(data.source, column))
     for fault in mapped.faults:
-        report(source, fault)
+        report(source, fault, _other_kind(data.source))
     readable = mapped.rows if not mapped.absent else []
     for row in readable:
         if _is_chat_as_text(row.columns["prompt"]):
@@ -110,9 +112,17 @@ def _check_values(first_rows: FirstRows, checked: CheckedSpec, row: Row | None, 
             report((*path, "by"), message, f"{spelled(path)}.routes must have every value")
 
 
-def _absence(source: str, column: AbsentColumn) -> tuple[str, str | None]:
-    hint = f'did you mean "{column.close}"?' if column.close else None
-    return f"{source} has no column '{column.name}', only {listed(column.available)}", hint
+def _absence(source: Source, column: AbsentColumn) -> tuple[str, str | None]:
+    hint = f'did you mean "{column.close}"?' if column.close else _other_kind(source)
+    if "{" in column.name:
+        hint = f"write {{template: {compact(column.name, flow=True)}}}"
+    return f"{source_name(source)} has no column '{column.name}', only {listed(column.available)}", hint
+
+
+def _other_kind(source: Source) -> str | None:
+    """A hint where the file's name ends as files of another kind of source do."""
+    kind = file_kind(source.path) if isinstance(source, LocalFile) else None
+    return f"use kind: {kind}" if kind and kind != source.kind else None
 
 
 def _is_chat_as_text(prompt: Any) -> bool:

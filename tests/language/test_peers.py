@@ -6,12 +6,12 @@ from typing import get_origin
 import pytest
 
 from sdkit.language.errors import InvalidSpec, UnreadableInput
-from sdkit.language.introspection import options_of
+from sdkit.language.introspection import keys_of, options_of
 from sdkit.language.load import load_spec
 from sdkit.language.peer_formulas import FORMULAS
 from sdkit.language.peers import keys_read_by, peers, read_table, translate
-from sdkit.language.specs import Table
-from sdkit.language.suggestions import all_keys
+from sdkit.language.specs import ExperimentSpec, Table
+from sdkit.language.suggestions import advice, all_keys
 
 TRL = {"model_name_or_path": "org/model", "dataset_name": "org/data", "report_to": "wandb"}
 
@@ -246,3 +246,15 @@ def test_yaml_problems_are_shown(tmp_path):
     path.write_text("a: !!python/object:os.system x\n")
     with pytest.raises(InvalidSpec, match="tags are not supported"):
         translate(path)
+
+
+@pytest.mark.parametrize("name", ["trl_sdft", "trl_sdpo", "trl_gkd", "trl_grpo", "verl"])
+def test_no_key_of_a_peer_is_unknown_without_a_word(name):
+    """Copied into a run file, each is answered by sdkit's key, by where that belongs, or by the reason why there is none."""
+    table = read_table(name)
+    keys = {rule["key"] for rule in table.rules if "key" in rule} | table.unsupported.keys()
+    names = {part for key in keys for part in (key.partition(".")[0], key.rpartition(".")[2])}
+    sections = {"actor", "rollout", "model", "data", "optim", "teacher"}
+    assert [
+        key for key in names - keys_of(ExperimentSpec).keys() - sections if not advice(key, ExperimentSpec, ())
+    ] == []

@@ -98,6 +98,11 @@ def test_nearest_is_none_without_a_close_name():
     assert nearest("zebra", ["reverse_kl", "jsd"]) is None
 
 
+def test_capital_letters_do_not_hide_a_name():
+    assert nearest("SDFT", ["sft", "sdft"]) == "sdft"
+    assert nearest("JSD", ["reverse_kl", "jsd"]) == "jsd"
+
+
 def test_values_are_shown_as_yaml():
     assert [shorten(v) for v in (True, None, 3, "a\nb\x00")] == ["true", "null", "3", r"'a\nb\x00'"]
     assert len(shorten("x" * 500)) < 70

@@ -124,3 +124,11 @@ def test_surface_matches_the_frozen_one():
     tool = Path(__file__).resolve().parents[2] / "tools/freeze_surface.py"
     done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_keys_of_a_source_that_stand_beside_it_have_one_home(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("method: sdft\ndata:\n  kind: jsonl\n  path: rows.jsonl\n")
+    hints = {p.path: p.hint for p in load_spec(path).problems}
+    assert hints["data", "kind"] == "it belongs at data.source.kind"
+    assert hints["data", "path"] == "it belongs at data.source.path"

@@ -10,6 +10,7 @@ from sdkit.language.errors import Path, counted, did_you_mean, outside, shorten,
 from sdkit.language.files import file_names
 from sdkit.language.row_text import describe_value, is_empty
 from sdkit.language.rules.base import Context, Finding, columns_of, data_of, run_rule, slots
+from sdkit.language.source import EXPANDED_BY_HAND
 from sdkit.language.templates import TemplateError, fields, parse
 
 
@@ -20,7 +21,8 @@ def prompt_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Find
         if data.columns is None and path != ("data",):
             continue
         if "prompt" not in (data.columns or {}):
-            hint = "add columns: {prompt: NAME}, NAME being the source's column"
+            inverted = next((name for name, column in (data.columns or {}).items() if column == "prompt"), "NAME")
+            hint = f"add columns: {{prompt: {inverted}}}, {inverted} being the source's column"
             yield (*path, "columns"), "no column is named 'prompt'", hint
 
 
@@ -115,11 +117,20 @@ def data_path(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]
                 yield where, f"{source.path} is a folder, not a file", None
             elif not os.path.isfile(context.file(source.path)):
                 yield where, f"{source.path} is a pipe or a device, not a file", None
+        elif isinstance(source, specs.HubSource) and os.path.isfile(context.file(source.path)):
+            hint = "use kind: jsonl, json, csv or parquet, as the file is"
+            yield where, f"{source.path} is a file, not a data set of the hub", hint
         elif isinstance(source, specs.DiskSource) and not os.path.isdir(context.file(source.path)):
             yield where, f"there is no folder {source.path}", _folder_hint(context, where, source.path)
 
 
 def _folder_hint(context: Context, where: Path, path: str) -> str | None:
+    if "://" in path:
+        return "sdkit reads files of this machine, and data sets of the hub with kind: hub"
+    if "$" in path:
+        return f"variables are not expanded: {EXPANDED_BY_HAND}"
+    if any(character in path for character in "*?["):
+        return "a source is one file, so write the files into one"
     start = context.start_of(where, path)
     folder, name = os.path.split(context.file(path))
     if not os.path.isdir(folder or "."):
