@@ -75,10 +75,26 @@ def validate(
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
     """The specs and the overrides among the arguments."""
+    from sdkit.language.errors import UnreadableInput
+
     paths = [word for word in words if "=" not in word or os.path.exists(word)]
     if not paths:
         raise typer.BadParameter("name a run file or a method page")
+    for word in paths:
+        if not os.path.exists(word) and _begins_with_a_key(word):
+            raise UnreadableInput(
+                f"{word} is neither a file nor an override of the form key.path=value",
+                hint="example: optimizer.lr=1e-5",
+            )
     return paths, [word for word in words if word not in paths]
+
+
+def _begins_with_a_key(word: str) -> bool:
+    from sdkit.language.introspection import keys_of
+    from sdkit.language.specs import ExperimentSpec
+
+    first = word.lstrip("+~").replace(":", ".").partition(".")[0]
+    return first in keys_of(ExperimentSpec) and not word.endswith((".yaml", ".yml"))
 
 
 def check_with_first_rows(path: str, overrides: list[str], *, strict: bool = False) -> tuple[Any, list[str]]:

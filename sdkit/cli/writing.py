@@ -213,5 +213,7 @@ def _write_new(target: Path, text: str) -> None:
             file.write(text)
     except FileExistsError:
         raise UnreadableInput(f"{target} exists", hint="name another file: this one is left as it is") from None
+    except FileNotFoundError:
+        raise UnreadableInput(f"there is no folder {target.parent} to write {target.name} to") from None
     except OSError as error:
         raise UnreadableInput(f"cannot write {target}: {error.strerror}") from None

@@ -71,6 +71,8 @@ def text_of(value: Any) -> str | None:
         return _message_content(value)
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
         return _message_content(value[0])
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        raise Fault("a list of maps, not text; of a chat, {last_turn: COLUMN} is the last answer")
     raise Fault(f"{describe_value(value)}, not text")
 
 

@@ -30,7 +30,8 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in defined:
         message = f"{shown} defines no function {shorten(function)} at its top level"
-        return "function", message, did_you_mean(function, defined)
+        hint = _other_definition(tree, function) or did_you_mean(function, defined)
+        return "function", message, hint
     definition = defined[function]
     try:
         _signature(definition.args).bind(*values, **dict.fromkeys(given))
@@ -38,6 +39,23 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
         call = ", ".join([*values, *(f"{name}=…" for name in given)])
         message = f"{shown}:{definition.lineno}: {function} cannot be called as {function}({call})"
         return "function", message, None
+    return None
+
+
+def _other_definition(tree: ast.Module, name: str) -> str | None:
+    """A hint where the file's top level gives the name to something else than a function that is written there."""
+    for node in tree.body:
+        match node:
+            case ast.AsyncFunctionDef() if node.name == name:
+                return f"line {node.lineno}: write `def` in place of `async def`"
+            case ast.ClassDef() if node.name == name:
+                return f"line {node.lineno} is a class: write a function that calls it"
+            case ast.Assign(targets=targets) if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                return f"line {node.lineno} assigns it: write it with `def`"
+            case ast.ImportFrom(names=names) if any(name in (alias.name, alias.asname) for alias in names):
+                return (
+                    f"line {node.lineno} imports it: name the file that defines it, or write a function that calls it"
+                )
     return None
 
 
@@ -50,7 +68,14 @@ def file_fault_of(path: str, shown: str) -> Fault | None:
 def parsed(path: str, shown: str) -> ast.Module | Fault:
     """Returns the syntax tree of a file, or why there is none.  `shown` is the path as written in the spec."""
     try:
-        return ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
+        content = read_file(path, MAX_SOURCE_CODE_BYTES)
+        return ast.parse(importlib.util.decode_source(content))
+    except UnicodeDecodeError as error:
+        return (
+            "file",
+            f"{printable(shown)}: byte 0x{error.object[error.start]:02x} is not {error.encoding.upper()}",
+            "save it as UTF-8",
+        )
     except UnreadableFile as error:
         return "file", f"{printable(shown)}: {error}", None
     except SyntaxError as error:

@@ -20,7 +20,15 @@ from sdkit.language.errors import BadData, BadEnvironment, Path, Problem, listed
 from sdkit.language.load import CheckedSpec
 from sdkit.language.row_text import describe_value
 from sdkit.language.scalars import compact
-from sdkit.language.specs import DataSpec, ExperimentSpec, LocalFile, RoutedEnvironment, RoutedWeights, Source
+from sdkit.language.specs import (
+    CsvSource,
+    DataSpec,
+    ExperimentSpec,
+    LocalFile,
+    RoutedEnvironment,
+    RoutedWeights,
+    Source,
+)
 from sdkit.language.suggestions import file_kind
 from sdkit.rewards.answers import check_right_answer
 
@@ -114,9 +122,17 @@ def _check_values(first_rows: FirstRows, checked: CheckedSpec, row: Row | None, 
 
 def _absence(source: Source, column: AbsentColumn) -> tuple[str, str | None]:
     hint = f'did you mean "{column.close}"?' if column.close else _other_kind(source)
+    if isinstance(source, CsvSource) and (delimiter := _other_delimiter(column)):
+        hint = f"add delimiter: {json.dumps(delimiter)} to the source"
     if "{" in column.name:
         hint = f"write {{template: {compact(column.name, flow=True)}}}"
     return f"{source_name(source)} has no column '{column.name}', only {listed(column.available)}", hint
+
+
+def _other_delimiter(column: AbsentColumn) -> str | None:
+    """The character that stands between the names of columns where a file seems to have one column only."""
+    header = column.available[0] if len(column.available) == 1 else ""
+    return next((mark for mark in ";\t|," if column.name in header.split(mark) and mark in header), None)
 
 
 def _other_kind(source: Source) -> str | None:

@@ -5,8 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from sdkit.cli import app, main
+from sdkit.cli import app, main, writing
 from sdkit.cli.checking import check_run
+from sdkit.language.errors import UnreadableInput
 from sdkit.language.load import load_spec
 from sdkit.language.show import annotated
 
@@ -61,3 +62,19 @@ def test_commands_that_need_a_run_file_promise_no_method_page(command):
     shown = CliRunner().invoke(app, [command, "--help"]).output
     assert "A run file." in shown
     assert "method page" not in shown
+
+
+@pytest.mark.parametrize("word", ["optimizer.lr", "training.steps:3", "~evaluation", "+rewards"])
+def test_an_override_without_a_value_is_not_taken_for_a_file(tmp_path, monkeypatch, capsys, word):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN_FILE)
+    monkeypatch.setattr("sys.argv", ["sdkit", "validate", str(path), word])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    assert f"{word} is neither a file nor an override of the form key.path=value" in capsys.readouterr().err
+
+
+def test_a_run_file_is_not_written_to_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UnreadableInput, match="there is no folder .*none to write run.yaml to"):
+        writing._write_new(tmp_path / "none" / "run.yaml", "")

@@ -93,6 +93,18 @@ def test_missing_file_of_an_override_says_where_the_path_starts(folders):
     assert problem.hint == "paths on the command line start at the working directory"
 
 
+@pytest.mark.parametrize("target", ["rows.jsonl", "gone.jsonl"])  # itself, or a file that is not there
+def test_link_that_leads_nowhere_is_named(folders, target):
+    data = folders / "specs/rows.jsonl"
+    data.unlink()
+    data.symlink_to(target)
+    (problem,) = load_run(folders).problems
+    assert (problem.message, problem.hint) == (
+        "there is no file rows.jsonl",
+        "rows.jsonl is a link that leads nowhere",
+    )
+
+
 def test_model_folder_beside_the_spec_is_not_mistaken_for_one_of_the_command_line(folders):
     (folders / "specs/mine").mkdir()
     load_run(folders)

@@ -125,6 +125,8 @@ def data_path(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]
 
 
 def _folder_hint(context: Context, where: Path, path: str) -> str | None:
+    if os.path.islink(context.file(path)):
+        return f"{path} is a link that leads nowhere"
     if "://" in path:
         return "sdkit reads files of this machine, and data sets of the hub with kind: hub"
     if "$" in path:
