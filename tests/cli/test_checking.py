@@ -76,5 +76,5 @@ def test_an_override_without_a_value_is_not_taken_for_a_file(tmp_path, monkeypat
 
 
 def test_a_run_file_is_not_written_to_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UnreadableInput, match="there is no folder .*none to write run.yaml to"):
+    with pytest.raises(UnreadableInput, match=r"there is no folder .*none to write run.yaml to"):
         writing._write_new(tmp_path / "none" / "run.yaml", "")
