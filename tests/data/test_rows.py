@@ -333,7 +333,7 @@ NO_TEXTS = [
     ([], "a list, not text"),
     ([1, 2], "a list, not text"),
     ({"a": 1}, "a map, not text"),
-    ([assistant_message("a"), assistant_message("b")], "a list, not text"),
+    ([assistant_message("a"), assistant_message("b")], "a list of maps, not text; of a chat"),
     ([assistant_message("a", "user")], "the role 'user', not 'assistant'"),
     (assistant_message("a") | {"reasoning_content": "r"}, "a map, not text"),
     (assistant_message(["a"]), "an assistant message that holds a list, not text"),

@@ -440,11 +440,11 @@ def test_logged_tool_calls_call_the_tools(shop, tiny_tokenizer, make_row, proces
     ]
     row = make_row("Buy.", game=Turns(turns))
     demonstrated = CompletionEncoder(prompter, end).turns(row, "game")[:2]
-    backend = OneTurn((*prompter.text_ids("Done."), end))
+    backend, encoder = OneTurn((*prompter.text_ids("Done."), end)), ObservationEncoder(prompter, end)
     sampler = TrajectorySampler(
         environment=shop,
         spec=FileEnvironment(file="shop.py", class_name="Shop", max_turns=4, max_observation_tokens=64),
-        observations=ObservationEncoder(prompter, end),
+        observations=lambda _: encoder,
         end_ids=(end,),
         decode=tokenizer.decode,
         opened_prompt=lambda request, row, text: (),
