@@ -52,7 +52,7 @@ EAGER = ("bloom", "gpt_oss")
 
 def build(folder, family, **changes):
     """Write a tiny model of this family and the tiny model's tokenizer; returns the folder."""
-    tokenizer = tiny._tokenizer(512)
+    tokenizer = tiny.make_tokenizer(512)
     settings = SETTINGS[family] | {"vocab_size": len(tokenizer)} | changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

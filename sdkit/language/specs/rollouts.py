@@ -62,7 +62,7 @@ class StartsWith:
     turns_left: Scheduled = spec_field(
         "turns at the demonstration's end that are left to the student, rounded down if a schedule is between two; a "
         "demonstration of no more turns is not used",
-        range=between(0.0, 1e6),
+        range=between(1.0, 1e6, apart_from=(0,)),
     )
 
     def describe(self) -> str:
