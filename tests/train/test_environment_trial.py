@@ -71,7 +71,7 @@ training: {steps: 1, prompts_per_step: 2}
 
 @pytest.fixture
 def play(tmp_path):
-    """Plays a class that stands in code.py; returns what was printed and what was played."""
+    """Plays a class that stands in a file of the user; returns what was printed and what was played."""
 
     def play_class(code, name, *, changed=lambda spec: spec, template=None):
         (tmp_path / "code.py").write_text(code)
