@@ -132,6 +132,7 @@ def _load_run(loaded: LoadedSpec, name: str, run: str | None, overrides: Sequenc
 def _misfits(loaded: LoadedSpec, spec: specs.SequenceSpec, alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
     """What is wrong with the stages together."""
     yield from _other_models(alone)
+    yield from _other_environments(alone)
     yield from _ambiguous_suites(alone)
     known = list(dict.fromkeys(suite for checked in alone.values() for suite in _spec(checked).suites))
     for i, name in enumerate(spec.retention):
@@ -202,6 +203,27 @@ def _model(checked: CheckedSpec) -> tuple[str, str | None]:
     model = _spec(checked).model
     local = is_local_model(model.path, checked.loaded.folder)
     return os.path.realpath(os.path.join(checked.loaded.folder, model.path)) if local else model.path, model.revision
+
+
+def _other_environments(alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
+    """Stages with another environment than the first stage's: every stage plays the suites of all in its own."""
+    first, *others = alone
+    for name in others:
+        if _environment(alone[name]) != _environment(alone[first]):
+            message = (
+                f"stage {shorten(name)} has another environment than stage {shorten(first)}, and the suites of both are "
+                "played after every stage"
+            )
+            hint = "use one environment in all stages; kind: routed has a different one for each value of a column"
+            path = ("environment",)
+            yield Problem(path, message, "stage_environment", hint, alone[name].loaded.place(path))
+
+
+def _environment(checked: CheckedSpec) -> Any:
+    """A stage's environment, with the folder in which the paths of a user's code start."""
+    environment = _spec(checked).environment
+    has_path = any(specs.environments_of(environment, specs.HostedEnvironment))
+    return environment, os.path.realpath(checked.loaded.folder) if has_path else None
 
 
 def _ambiguous_suites(alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
