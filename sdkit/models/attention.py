@@ -46,8 +46,7 @@ def _attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     repeats = mask is not None and query.shape[1] != key.shape[1]
-    known = kwargs.get("position_bias") is None and kwargs.get("cache") is None
-    if not repeats or not known or query.device.type != "cpu":
+    if not repeats or not _is_plain(kwargs) or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     states = torch.nn.functional.scaled_dot_product_attention(
         query,
@@ -66,8 +65,13 @@ def _has_slow_gradient(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: 
     trained = torch.is_grad_enabled() and query.requires_grad
     slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
     short = key.shape[2] <= SHORT and key.shape[3] <= NARROW
-    same = not kwargs.get("dropout") and kwargs.get("position_bias") is None and kwargs.get("cache") is None
+    same = not kwargs.get("dropout") and _is_plain(kwargs)
     return trained and slow and short and same and (mask is None or mask.dtype == torch.bool)
+
+
+def _is_plain(kwargs: dict[str, Any]) -> bool:
+    """Whether the layer asks for nothing that `scaled_dot_product_attention` does not have."""
+    return kwargs.get("position_bias") is None and kwargs.get("cache") is None
 
 
 class _Float32Gradient(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from sdkit.language.errors import BadEnvironment, first_line
+from sdkit.language.errors import BadEnvironment, first_line, listed, shorten
 from sdkit.stdout import Advance, no_progress
 
 RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -105,6 +105,21 @@ class Server:
         Raises RequestFailed for the first request that fails for good, and cancels the others.
         """
         return self._runner.run(self.request_all(path, bodies, retries=retries))
+
+    def find_model(self, name: str, *, question: str, hint: str) -> Mapping[str, Any]:
+        """Returns what the server says of a model that it serves.  No retries.
+
+        Raises RequestFailed, with `question` if it lists no models and with `hint` if it serves others.
+        """
+        answer = self.get("/v1/models", retries=0)
+        try:
+            models = {str(entry["id"]): entry for entry in answer["data"]}
+        except (TypeError, KeyError):
+            raise RequestFailed(f"{self.url}/v1/models lists no models: {question}") from None
+        if name not in models:
+            served = listed(models) or "nothing"
+            raise RequestFailed(f"the server {self.url} serves {served}, not {shorten(name)}", hint=hint)
+        return models[name]
 
     def close(self) -> None:
         """Close the connections."""

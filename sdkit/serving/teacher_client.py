@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sdkit.batches import TopKLogprobs, UnpaddedSequence
-from sdkit.language.errors import BadData, BadEnvironment, ProcessDied, SdkitError, listed, shorten
+from sdkit.language.errors import BadData, BadEnvironment, ProcessDied, SdkitError, shorten
 from sdkit.language.specs import ServedWeights
 from sdkit.serving.client import RequestFailed, Server, key_from
 
@@ -53,7 +53,12 @@ class ServedModel:
         No retries.  Raises BadEnvironment, or BadData if the vocabularies differ.
         """
         with _request_failures_as(BadEnvironment):
-            self._find_model(self.server.get("/v1/models", retries=0))
+            entry = self.server.find_model(
+                self.spec.model,
+                question="is it a vLLM server?",
+                hint="correct teacher.weights.model, or start the server with --served-model-name",
+            )
+            self.context, self.root = entry.get("max_model_len"), entry.get("root")
             self._compare_spelling(tokenizer)
         known = sorted(tokenizer.get_vocab().values())
         probe = UnpaddedSequence(prompt=tuple(known[:1]), completion=tuple(known[1:2]), positions=(0,))
@@ -72,19 +77,6 @@ class ServedModel:
                 f"{self.context - 1}",
                 hint=f"start it with --max-model-len {longest + 1}, or lower rollout.max_new_tokens",
             )
-
-    def _find_model(self, answer: Any) -> None:
-        try:
-            models = {str(entry["id"]): entry for entry in answer["data"]}
-        except (TypeError, KeyError):
-            raise RequestFailed(f"{self.server.url}/v1/models lists no models: is it a vLLM server?") from None
-        if self.spec.model not in models:
-            raise RequestFailed(
-                f"the server {self.server.url} serves {listed(models) or 'nothing'}, not {shorten(self.spec.model)}",
-                hint="correct teacher.weights.model, or start the server with --served-model-name",
-            )
-        entry = models[self.spec.model]
-        self.context, self.root = entry.get("max_model_len"), entry.get("root")
 
     def _compare_spelling(self, tokenizer: Any) -> None:
         """Compare the text of every id of the student's vocabulary, a block of ids at a time.

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import frozen
 
-from sdkit.language.errors import BadEnvironment, listed, shorten
+from sdkit.language.errors import BadEnvironment
 from sdkit.language.specs import Writer
 from sdkit.serving.client import RequestFailed, Server, key_from
 
@@ -54,18 +54,11 @@ class WriterClient:
     def check(self) -> None:
         """Raise BadEnvironment unless the server is up and serves the model.  No retries."""
         try:
-            answer = self.server.get("/v1/models", retries=0)
+            self.server.find_model(
+                self.spec.model, question="has it a chat API?", hint="correct teacher.sees.writer.model"
+            )
         except RequestFailed as failure:
             raise BadEnvironment(str(failure), hint=failure.hint) from None
-        try:
-            models = [str(entry["id"]) for entry in answer["data"]]
-        except (TypeError, KeyError):
-            raise BadEnvironment(f"{self.server.url}/v1/models lists no models: has it a chat API?") from None
-        if self.spec.model not in models:
-            raise BadEnvironment(
-                f"the server {self.server.url} serves {listed(models) or 'nothing'}, not {shorten(self.spec.model)}",
-                hint="correct teacher.sees.writer.model",
-            )
 
     def ask(self, questions: Sequence[tuple[str, int]], fault: Fault) -> list[Answer]:
         """Returns an answer to each question, a text with a seed, in order.

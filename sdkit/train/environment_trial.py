@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path as Folder
+from typing import cast
 
 from attrs import evolve, frozen
 from rich.console import Console
@@ -47,13 +48,6 @@ Script = Sequence[tuple[Ids, bool]]
 """The ids of each turn, and whether it is complete; the last one is repeated."""
 OpenedPrompt = Callable[[SamplingRequest, Row, str], Ids]
 """The prompt of a request and its row, with a text that the environment appends."""
-HOSTED = (
-    specs.FileEnvironment,
-    specs.ToolsEnvironment,
-    specs.GymnasiumEnvironment,
-    specs.OpenEnvEnvironment,
-    specs.VerifiersEnvironment,
-)
 BY_CLASS = ("reset", "get_reward", "close")
 """Calls that get nothing that was made up but the turns before."""
 
@@ -78,9 +72,8 @@ class Trial:
         returns what it must not, or appends more to a prompt than `rollout.max_prompt_tokens` allows.
         """
         whole, played = self.spec.environment, []
-        for path, spec in specs.environments_of(whole, *HOSTED):
-            if not isinstance(spec, kind):
-                continue
+        for path, hosted in specs.environments_of(whole, kind):
+            spec = cast(specs.OneEnvironment, hosted)
             rows = self._rows_of(whole, path)
             limits = {"max_turns": min(spec.max_turns, TURNS), "max_trajectory_tokens": None}
             if not rows:

@@ -130,11 +130,8 @@ class RunData:
 
     def set_date(self, now: datetime) -> None:
         """Set the date that chat templates print."""
-        for prompter in (
-            self.prompter,
-            self.plain_prompter,
-            *(self.observations.prompters if self.observations else ()),
-        ):
+        with_tools = self.observations.prompters if self.observations else ()
+        for prompter in (self.prompter, self.plain_prompter, *with_tools):
             prompter.now = now
 
     def open_environments(self, base: Path) -> Mapping[str | None, Environment]:

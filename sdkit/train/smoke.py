@@ -21,7 +21,7 @@ from sdkit.data.written import scripted_answer
 from sdkit.distributed import zero
 from sdkit.language import specs
 from sdkit.language.errors import NumericsGuard
-from sdkit.language.method_pages import needs_turns
+from sdkit.language.method_pages import columns_of_method, needs_turns
 from sdkit.language.schedules import scalar_at, with_schedules
 from sdkit.models import tiny
 from sdkit.runs import directory
@@ -141,7 +141,8 @@ def miniature(
     # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
     for_accelerator = bool(full and full.machine and full.machine.accelerator)
     spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
-    rows = stand_in_rows(spec, ["prompt", "answer", "demonstration", *_columns(spec)])
+    mapped = (full and full.data.columns) or ()
+    rows = stand_in_rows(spec, ["prompt", "answer", "demonstration", *mapped, *columns_of_method(spec)])
     rewards = (full and list(full.rewards)) or ["reward"]
     environment = _small_environment(spec, full and full.environment, rewards[0])
     return specs.ExperimentSpec(
@@ -312,15 +313,6 @@ def _small_training(training: specs.TrainingSpec | None, steps: int, prompts: in
     return evolve(
         base, steps=steps, epochs=None, prompts_per_step=prompts, updates_per_rollout=updates, micro_batch_tokens=2048
     )
-
-
-def _columns(spec: specs.MethodSpec) -> Iterator[str]:
-    """The columns that a spec names."""
-    if isinstance(spec, specs.ExperimentSpec):
-        yield from spec.data.columns or ()
-    if spec.rollout.data_column:
-        yield spec.rollout.data_column
-    yield from (slot.name for _, slot in spec.placed_slots() if isinstance(slot, specs.ColumnSlot))
 
 
 def stand_in_rows(spec: specs.MethodSpec, columns: Iterable[str]) -> specs.DataSpec:

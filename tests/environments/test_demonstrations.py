@@ -6,6 +6,7 @@ from attrs import evolve
 from tinyruns import (
     assert_equal,
     collect,
+    interrupted_before_step,
     lines,
     make_spec,
     metrics,
@@ -227,23 +228,15 @@ def demonstrated(run, step):
     return count
 
 
-def test_schedule_counts_optimizer_steps_and_survives_a_kill(spec_of, process_group, tmp_path, monkeypatch):
+def test_schedule_counts_optimizer_steps_and_survives_a_kill(spec_of, process_group, tmp_path):
     output = OutputSpec(trackers=(), checkpoint_every=1)
     spec = spec_of(Schedule(start=1.0, to=4.0, steps=3), training=training(steps=4), output=output)
     run = train(spec, tmp_path / "run")
     assert [demonstrated(run, step) for step in range(4)] == [3, 2, 1, 0]
 
-    cut, step = tmp_path / "cut", loop._train_on_batch
-
-    def killed(trainer, report, number):
-        if number == 2:
-            raise KeyboardInterrupt
-        step(trainer, report, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train_on_batch", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(spec, cut)
+    cut = tmp_path / "cut"
+    with interrupted_before_step(2):
+        train(spec, cut)
     train(spec, cut, resume=True)
     again = evolve(spec, rollout=evolve(spec.rollout, backend=ReplayBackend(run=str(run))))
     for other in (cut, train(again, tmp_path / "again")):

@@ -10,6 +10,7 @@ from ranks_scenario import SMOOTH
 from tinyruns import (
     collect,
     distil,
+    interrupted_before_step,
     lines,
     metrics,
     prepare_rollouts,
@@ -142,27 +143,16 @@ def test_evaluation_uses_current_weights_and_changes_no_batch(server, tiny_folde
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-def test_resumed_run_equals_the_uninterrupted_run_on_another_server(
-    server, tiny_folder, tmp_path, batches, monkeypatch
-):
+def test_resumed_run_equals_the_uninterrupted_run_on_another_server(server, tiny_folder, tmp_path, batches):
     output = OutputSpec(trackers=(), checkpoint_every=2)
     spec = prefetching_spec(server, tmp_path, tiny_folder, batches, output=output)
     uninterrupted = train(spec, tmp_path / "uninterrupted")
     cut = tmp_path / "cut"
-    step = loop._train_on_batch
-
-    def interrupt_before_step_3(trainer, report, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        step(trainer, report, number)
-
-    monkeypatch.setattr(loop, "_train_on_batch", interrupt_before_step_3)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before_step(3):
         train(spec, cut)
     prefetched = lines(cut / "checkpoints" / "step_000002" / "ahead.jsonl")
     assert [line["batch"] for line in prefetched] == list(range(2, 2 + batches))
     assert [line["policy_version"] for line in prefetched] == [max(0, b - batches) for b in range(2, 2 + batches)]
-    monkeypatch.setattr(loop, "_train_on_batch", step)
     server.kill()
     other = TinySampler(tiny_folder, tmp_path / "weights")
     other_backend = evolve(spec.rollout.backend, urls=(other.url,))

@@ -11,6 +11,7 @@ from ranks_scenario import SMOOTH
 from tinyruns import (
     assert_equal,
     collect,
+    interrupted_before_step,
     lines,
     make_spec,
     metrics,
@@ -208,7 +209,7 @@ def ahead(serve, tiny_folder, tmp_path):
     return evolve(spec, rollout=evolve(spec.rollout, max_staleness=1))
 
 
-def test_trajectories_are_sampled_ahead_by_one_version(ahead, tmp_path, monkeypatch):
+def test_trajectories_are_sampled_ahead_by_one_version(ahead, tmp_path):
     alone = train(ahead, tmp_path / "alone")
     assert versions(alone) == [{0}, {0}, {1}, {2}]
     records = [record for path in sorted((alone / "rollouts").iterdir()) for record in lines(path)]
@@ -222,17 +223,9 @@ def test_trajectories_are_sampled_ahead_by_one_version(ahead, tmp_path, monkeypa
         ours, theirs = lines(tmp_path / "measured" / name), lines(alone / name)
         assert [a["completion_ids"] for a in ours] == [b["completion_ids"] for b in theirs]
 
-    cut, step = tmp_path / "cut", loop._train_on_batch
-
-    def interrupt_before_step_3(trainer, report, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        step(trainer, report, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train_on_batch", interrupt_before_step_3)
-        with pytest.raises(KeyboardInterrupt):
-            train(ahead, cut)
+    cut = tmp_path / "cut"
+    with interrupted_before_step(3):
+        train(ahead, cut)
     (kept,) = lines(cut / "checkpoints" / "step_000002" / "ahead.jsonl")
     assert all(record["spans"] and record["ending"] for record in kept["completions"])
     train(ahead, cut, resume=True)

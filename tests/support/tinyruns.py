@@ -1,9 +1,12 @@
 """Small runs on the tiny model: their specs, and a few steps of them."""
 
+import contextlib
 import json
 from io import StringIO
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 import yaml
 from attrs import evolve
@@ -207,6 +210,22 @@ def train(spec, folder, console=None, **options):
     return run(
         spec, folder.parent, folder, console or silent_console(), written="# as written\n", resolved=text, **options
     )
+
+
+@contextlib.contextmanager
+def interrupted_before_step(number):
+    """Interrupts the run in the block, as a second Ctrl-C does, before the step of this number, from 0."""
+    from sdkit.train import loop
+
+    step = loop._train_on_batch
+
+    def interrupt_or_train(trainer, report, current):
+        if current == number:
+            raise KeyboardInterrupt
+        step(trainer, report, current)
+
+    with mock.patch.object(loop, "_train_on_batch", interrupt_or_train), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 def run_two_ranks(warm, spec, folder):
